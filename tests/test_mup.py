@@ -1,0 +1,263 @@
+"""The rules of μP and SP, one by one, and what they are for: changes and learning rates alike at every width."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lopt
+import mup
+import tasks
+
+ROOT = pathlib.Path(mup.__file__).resolve().parent
+KEY = jax.random.key(0)
+TRUNCATED = 0.8796  # standard deviation of a standard normal that is cut at ±2
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The table
+
+
+@pytest.mark.parametrize("kind, fan_in, in_mup, in_sp", [
+    ("input", 64, TRUNCATED / 8, TRUNCATED / 8),
+    ("hidden", 64, TRUNCATED / 8, TRUNCATED / 8),
+    ("output", 64, 0.0, TRUNCATED / 8),
+    ("vector", 1, 1.0, 0.0),
+    ("vector", 64, 1.0, 0.0),
+])
+def test_initial_standard_deviations(kind, fan_in, in_mup, in_sp):
+    weight = mup.Weight(kind, (64, 512) if kind != "vector" else (20_000,), fan_in)
+    for parametrization, std in ((mup.MUP, in_mup), (mup.SP, in_sp)):
+        value = mup.init_weight(weight, KEY, parametrization)
+        assert value.shape == weight.shape and value.dtype == jnp.float32
+        assert float(jnp.std(value)) == pytest.approx(std, rel=0.02) and abs(float(jnp.mean(value))) < 0.03
+        if kind != "vector":  # cut at two standard deviations, and not rescaled for the cut
+            assert float(jnp.max(jnp.abs(value))) <= 2 / 8
+        elif parametrization.is_mup:
+            assert float(jnp.max(jnp.abs(value))) > 3
+
+
+@pytest.mark.parametrize("parametrization", [mup.MUP, mup.SP])
+def test_given_initialisations_depend_on_nothing(parametrization):
+    embedding = mup.init_weight(mup.Weight("input", (100, 200), 100, std=0.1), KEY, parametrization)
+    assert float(jnp.std(embedding)) == pytest.approx(0.1, rel=0.02)
+    assert float(jnp.max(jnp.abs(embedding))) > 0.3, "must not be truncated"
+    norm = mup.init(mup.norm(7), KEY, parametrization)
+    np.testing.assert_array_equal(norm["gain"], np.ones(7))
+    np.testing.assert_array_equal(norm["shift"], np.zeros(7))
+    assert not np.any(mup.init_weight(mup.Weight("input", (9,), constant=0.0), KEY, parametrization))
+
+
+TUNED = mup.Parametrization("mup", input_mult=3.0, output_mult=5.0, hidden_lr_mult=7.0)
+
+
+@pytest.mark.parametrize("parametrization, kind, forward, update", [
+    (mup.MUP, "input", 1.0, 1.0), (mup.MUP, "hidden", 1.0, 1 / 64), (mup.MUP, "output", 1 / 64, 1.0),
+    (mup.MUP, "vector", 1.0, 1.0),
+    (TUNED, "input", 3.0, 1.0), (TUNED, "hidden", 1.0, 7 / 64), (TUNED, "output", 5 / 64, 1.0),
+    (TUNED, "vector", 1.0, 1.0),
+    *((p, kind, 1.0, 1.0) for kind in mup.KINDS for p in (mup.SP, TUNED._replace(name="sp"))),
+])
+def test_multipliers(parametrization, kind, forward, update):
+    weight = mup.Weight(kind, (64, 32) if kind != "vector" else (32,), 64)
+    assert mup.forward_multiplier(weight, parametrization) == pytest.approx(forward)
+    assert mup.update_multiplier(weight, parametrization) == pytest.approx(update)
+
+
+def test_update_multipliers_is_a_tree_like_the_weights():
+    weights = {"a": mup.matrix("input", 3, 8), "b": [mup.matrix("hidden", 8, 8), mup.norm(8)],
+               "c": mup.matrix("output", 8, 2)}
+    params, multipliers = mup.init(weights, KEY, mup.MUP), mup.update_multipliers(weights, mup.MUP)
+    assert jax.tree.structure(params) == jax.tree.structure(multipliers)
+    assert multipliers["b"][0] == {"w": 1 / 8, "b": 1.0} and multipliers["c"] == {"w": 1.0, "b": 1.0}
+    assert set(jax.tree.leaves(mup.update_multipliers(weights, mup.SP))) == {1.0}
+
+
+def test_every_tensor_is_drawn_for_itself():
+    params = mup.init({"a": mup.matrix("hidden", 8, 8), "b": mup.matrix("hidden", 8, 8)}, KEY, mup.MUP)
+    assert not np.any(params["a"]["w"] == params["b"]["w"]) and not np.any(params["a"]["b"] == params["b"]["b"])
+    again = mup.init({"a": mup.matrix("hidden", 8, 8), "b": mup.matrix("hidden", 8, 8)}, KEY, mup.MUP)
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+
+
+@pytest.mark.parametrize("kind, in_mup", [("input", lambda xw, b: 3 * xw + b), ("hidden", lambda xw, b: xw + b),
+                                          ("output", lambda xw, b: 5 / 4 * (xw + b))])
+def test_linear_places_its_multiplier(kind, in_mup):
+    """The read-out's multiplies its bias, too; the first layer's does not."""
+    weights = mup.matrix(kind, 4, 3)
+    params = {"w": jax.random.normal(KEY, (4, 3)), "b": jnp.asarray([1.0, 2.0, 3.0])}
+    x = jax.random.normal(jax.random.key(1), (2, 5, 4))
+    expected = in_mup(x @ params["w"], params["b"])
+    np.testing.assert_allclose(mup.linear(weights, params, x, TUNED), expected, rtol=1e-5)
+    np.testing.assert_allclose(mup.linear(weights, params, x, TUNED._replace(name="sp")),
+                               x @ params["w"] + params["b"], rtol=1e-5)
+
+
+def test_attention_scale():
+    assert mup.attention_scale(16, mup.MUP) == 1 / 16 and mup.attention_scale(16, mup.SP) == 1 / 4
+
+
+def test_tunable_multipliers_may_be_traced():
+    weights = {"in": mup.matrix("input", 4, 6), "out": mup.matrix("output", 6, 2)}
+    hidden_weight = mup.Weight("hidden", (6, 6), 6)
+    params, x = mup.init(weights, KEY, mup.SP), jnp.ones((1, 4))
+
+    def forward(multiplier):
+        tuned = mup.Parametrization("mup", multiplier, multiplier, multiplier)
+        hidden = mup.linear(weights["in"], params["in"], x, tuned)
+        logits = mup.linear(weights["out"], params["out"], hidden, tuned)
+        return logits, mup.update_multiplier(hidden_weight, tuned)
+
+    logits, update = jax.jit(jax.vmap(forward))(jnp.asarray([1.0, 2.0]))
+    np.testing.assert_allclose(logits[1], 4 * logits[0], rtol=1e-5)
+    np.testing.assert_allclose(update, [1 / 6, 2 / 6], rtol=1e-6)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: mup.Weight("inner", (2, 2), 2), "kind of weight 'inner': use one of input, hidden, output, vector"),
+    (lambda: mup.Weight("hidden", (2, 0), 2), "positive shape and fan_in"),
+    (lambda: mup.Weight("hidden", (2, 2), 0), "positive shape and fan_in"),
+    (lambda: mup.matrix("hidden", -1, 2), "positive shape and fan_in"),
+    (lambda: mup.init(mup.matrix("hidden", 2, 2), KEY, mup.Parametrization("ntk")),
+     "unknown parametrization 'ntk': use 'mup' or 'sp'"),
+    (lambda: mup.update_multiplier(mup.Weight("hidden", (2, 2), 2), mup.Parametrization("muP")),
+     "unknown parametrization"),
+    (lambda: mup.attention_scale(4, mup.Parametrization("")), "unknown parametrization"),
+])
+def test_bad_input_is_refused(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What μP is for
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return tasks.load_dataset("synthetic")
+
+
+def slopes(widths, changes):
+    """Least-squares slopes of ln changes [widths, ...] against ln width."""
+    x = np.log(widths) - np.mean(np.log(widths))
+    return np.tensordot(x, np.log(np.asarray(changes, np.float64)), 1) / np.sum(x**2)
+
+
+def coordinate_check(dataset, parametrization, optimizer_of, widths, marks, seeds=2, batch_size=64):
+    """The RMS change of every layer's pre-activations after `marks` steps: {layer: [widths, marks]}."""
+    measured = []
+    for width in widths:
+        task = tasks.make_task("mlp", dataset, width, 3, batch_size, parametrization)
+        optimizer = optimizer_of(task)
+        probe, _ = task.sample(jax.random.key(99), dataset.train)
+
+        def run(key, task=task, optimizer=optimizer, probe=probe):
+            params = task.init(key)
+            first = task.forward(params, probe)[1]
+
+            def train_step(carry, t):
+                params, state = carry
+                grads = jax.grad(task.loss)(params, task.sample(jax.random.fold_in(key, t), dataset.train))
+                updates, state = optimizer.update(grads, state, params)
+                return lopt.apply_updates(params, updates), state
+
+            def to_mark(carry, bounds):
+                carry = jax.lax.fori_loop(*bounds, lambda t, carry: train_step(carry, t), carry)
+                now = task.forward(carry[0], probe)[1]
+                return carry, {name: jnp.mean((now[name] - first[name]) ** 2) for name in first}
+
+            bounds = jnp.asarray((0, *marks[:-1])), jnp.asarray(marks)
+            return jax.lax.scan(to_mark, (params, optimizer.init(params)), bounds)[1]
+
+        squares = jax.jit(lambda keys, run=run: jax.lax.map(run, keys))(jax.random.split(KEY, seeds))
+        measured.append({name: np.sqrt(np.mean(x, axis=0)) for name, x in squares.items()})
+    return {name: np.stack([m[name] for m in measured]) for name in measured[0]}
+
+
+def test_coordinate_check_of_adam(dataset):
+    """In μP no layer's change depends on the width; in SP those behind a hidden layer grow with it.
+
+    From step 2 on: in μP the read-out is 0 at first, so that the first step reaches no other layer.
+    """
+    widths, marks = (32, 128, 512), (2, 10)
+    adam = lambda rate: lambda task: lopt.adamw(rate, update_multipliers=task.update_multipliers)
+    in_mup = {name: slopes(widths, x) for name, x in
+              coordinate_check(dataset, mup.MUP, adam(1e-2), widths, marks).items()}
+    in_sp = {name: slopes(widths, x) for name, x in
+             coordinate_check(dataset, mup.SP, adam(1e-3), widths, marks).items()}
+    print(f"slopes after {marks} steps in μP: {in_mup}\nin SP: {in_sp}")
+    assert all(abs(in_mup[f"layer_{i}"]).max() < 0.1 for i in range(3)), in_mup
+    assert abs(in_mup["logits"][1]) < 0.15, in_mup
+    assert min(in_sp[name][0] for name in ("layer_1", "layer_2", "logits")) > 0.3, in_sp
+
+
+RATES = {"mup": [2.0**i for i in range(-6, -1)], "sp": [2.0**i for i in range(-11, -5)]}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_transfer_of_the_best_learning_rate(dataset, name):
+    """From width 32 to 512 Adam's best learning rate moves by at most a factor of 2 in μP, by 4 or more in SP."""
+    steps, seeds, parametrization = 250, 2, mup.Parametrization(name)
+    best = {}
+    for width in (32, 512):
+        task = tasks.make_task("mlp", dataset, width, 3, 64, parametrization)
+
+        def run(rate_and_key, task=task):
+            rate, key = rate_and_key
+            optimizer = lopt.adamw(rate, update_multipliers=task.update_multipliers)
+            params = task.init(key)
+
+            def train_step(carry, key):
+                params, state = carry
+                loss, grads = jax.value_and_grad(task.loss)(params, task.sample(key, dataset.train))
+                updates, state = optimizer.update(grads, state, params)
+                return (lopt.apply_updates(params, updates), state), loss
+
+            losses = jax.lax.scan(train_step, (params, optimizer.init(params)), jax.random.split(key, steps))[1]
+            return jnp.mean(losses[-50:])
+
+        rates = jnp.repeat(jnp.asarray(RATES[name]), seeds)
+        keys = jnp.tile(jax.random.split(KEY, seeds), len(RATES[name]))
+        losses = jax.jit(lambda *x, run=run: jax.lax.map(run, x))(rates, keys)
+        losses = np.mean(np.reshape(losses, (-1, seeds)), axis=1)
+        best[width] = int(np.nanargmin(losses))
+        print(f"{name}, width {width}:", ", ".join(f"{rate:.2g}: {x:.3f}" for rate, x in zip(RATES[name], losses)))
+        assert 0 < best[width] < len(losses) - 1, "the best learning rate lies at the edge of the grid"
+    moved = abs(best[32] - best[512])
+    assert moved <= 1 if name == "mup" else moved >= 2, (name, best)
+
+
+def load(name):
+    """(parametrization, function from a task to its optimizer) of a meta-trained θ; without it the test skips."""
+    path = ROOT / "results" / name
+    if not path.exists():
+        pytest.skip(f"needs the meta-trained results/{name}")
+    theta, metadata = lopt.load_theta(path)
+    optimizer_of = lambda task: lopt.learned_optimizer(theta, step_mult=metadata["step_mult"],
+                                                       exp_mult=metadata["exp_mult"],
+                                                       update_multipliers=task.update_multipliers)
+    return mup.Parametrization(metadata["parametrization"]), optimizer_of
+
+
+MARKS, WIDTHS = (1, 10, 100), (32, 128, 512)
+
+
+def passes(changes):
+    """Whether the width does not matter: hidden slopes within ±0.1 at all marks, logits ±0.15 from step 10."""
+    found = {name: slopes(WIDTHS, x) for name, x in changes.items()}
+    print(f"slopes after {MARKS} steps: " + ", ".join(f"{name} {np.round(x, 2)}" for name, x in found.items()))
+    logits = found.pop("logits")
+    return all(np.abs(x).max() <= 0.1 for x in found.values()) and np.abs(logits[1:]).max() <= 0.15
+
+
+@pytest.mark.parametrize("name, parametrization, stable",
+                         [("mulo_s.npz", mup.MUP, True), ("lo_s.npz", mup.SP, False)])
+def test_coordinate_check_of_the_learned_optimizers(dataset, name, parametrization, stable):
+    """Widths 32 to 512 after 1, 10 and 100 steps: the meta-trained μLO passes, the SP LO must not."""
+    of_theta, optimizer_of = load(name)
+    assert of_theta == parametrization, f"results/{name} was meta-trained in {of_theta.name}"
+    assert passes(coordinate_check(dataset, parametrization, optimizer_of, WIDTHS, MARKS)) == stable
