@@ -133,7 +133,7 @@ def _init_averages(x: Array) -> Averages:
     view, _ = _view(x)
     if view.ndim == 1:
         return Averages(jnp.zeros((3, view.size)), jnp.zeros(view.size), jnp.zeros((3, view.size)), None)
-    mean_over = lambda axis: jnp.zeros((3, *np.mean(np.empty(view.shape), axis, keepdims=True).shape))
+    mean_over = lambda axis: jnp.zeros((3, *[1 if i == axis else n for i, n in zip((-3, -2, -1), view.shape)]))
     d0, d1 = _largest(view)
     return Averages(jnp.zeros((3, *view.shape)), jnp.zeros(view.shape), mean_over(d0), mean_over(d1))
 

@@ -1,0 +1,111 @@
+"""The meta-step on one and on many devices, checkpoints, and resuming."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+from jax.sharding import Mesh
+
+import lopt
+import meta_train
+import tasks
+
+TINY = ["--widths", "8", "--depth", "2", "--batch-size", "8", "--pairs", "4", "--truncation", "5", "--min-length", "10",
+        "--max-length", "20", "--report-steps", "0", "--warmup-steps", "2"]
+SETTINGS = meta_train.Settings(widths=(8, 12), depth=2, batch_size=8, pairs=8, truncation=5, min_length=10,
+                               max_length=20, meta_steps=20, warmup_steps=2)
+
+
+def run(*args, devices=2, **options):
+    """Runs meta_train.py in a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.run([sys.executable, str(ROOT / "meta_train.py"), *args, "--devices", str(devices)],
+                          capture_output=True, text=True, env=environment, timeout=240, **options)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    rng = np.random.default_rng(0)
+    split = tasks.Split(jnp.asarray(rng.integers(0, 256, (200, 4, 4, 3)), jnp.uint8),
+                        jnp.asarray(rng.integers(0, 10, 200), jnp.int32))
+    return tasks.Dataset("noise", 10, (0.5,) * 3, (0.3,) * 3, split, split)
+
+
+def meta_train_on(devices, dataset, settings=SETTINGS, steps=20):
+    """θ, the metrics and the last state after some meta-steps on the first so many devices."""
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("pairs",))
+    parametrization = meta_train.mup.Parametrization(settings.parametrization)
+    inner = [meta_train.make_task(settings, dataset, w, settings.depth, parametrization) for w in settings.widths]
+    init, meta_step = meta_train.make_functions(settings, inner, mesh)
+    state, split, rows = init(), meta_train.replicate(dataset.train, mesh), []
+    for _ in range(steps):
+        state, metrics = meta_step(state, split)
+        rows.append(jax.device_get(metrics))
+    return jax.device_get(state.theta), rows, state
+
+
+def relative(a, b):
+    """The largest difference between two trees over the largest entry, leaf by leaf."""
+    return max(float(np.max(np.abs(x - y)) / (np.max(np.abs(y)) + 1e-12))
+               for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def test_many_devices_equal_one(dataset):
+    """The meta-gradient and 20 meta-steps of θ, on 8 devices and on 1. 1e-5: only sums are in another order."""
+    one, rows_one, _ = meta_train_on(1, dataset)
+    eight, rows_eight, state = meta_train_on(8, dataset)
+    assert len(state.pairs[0].step.sharding.device_set) == 8
+    assert relative(eight, one) < 1e-5
+    for a, b in zip(rows_eight, rows_one):
+        assert abs(a.grad_norm - b.grad_norm) < 1e-5 * b.grad_norm
+        assert abs(a.meta_loss - b.meta_loss) < 1e-5 * b.meta_loss
+
+
+def test_meta_training_reduces_the_meta_loss(tmp_path):
+    """A small run end to end: θ and metrics are written, and the meta-loss falls below that of fresh networks."""
+    done = run("--widths", "16", "--depth", "2", "--batch-size", "32", "--truncation", "20", "--min-length", "20",
+               "--max-length", "60", "--meta-steps", "80", "--learning-rate", "1e-2", "--warmup-steps", "10",
+               "--report-steps", "0", "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    theta, metadata = lopt.load_theta(tmp_path / "run" / "theta.npz")
+    assert metadata["parametrization"] == "mup" and metadata["step_mult"] == 0.01
+    assert metadata["settings"]["widths"] == [16]
+    header, *rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert header.split(",") == list(meta_train.COLUMNS)
+    assert [int(row.split(",")[0]) for row in rows] == list(range(1, 81))
+    losses = [float(row.split(",")[1]) for row in rows]
+    assert np.mean(losses[-10:]) < np.log(10) - 0.02  # measured: 2.255, from ln 10 = 2.303 of a fresh network
+
+
+def strip_seconds(path):
+    """The rows of metrics.csv without the wall time, which no two runs share."""
+    return [row.rsplit(",", 1)[0] for row in path.read_text().splitlines()]
+
+
+def test_resumed_run_equals_uninterrupted_one(tmp_path):
+    """Bit for bit: θ and all metrics but the wall time, also when the newest checkpoint is damaged."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(*TINY, "--meta-steps", "12", "--checkpoint-every", "3", "--out", str(whole)).returncode == 0
+    assert run(*TINY, "--meta-steps", "12", "--checkpoint-every", "3", "--out", str(parts)).returncode == 0
+    checkpoints = sorted(parts.glob("checkpoint-*"))
+    assert len(checkpoints) == 2
+    content = bytearray(checkpoints[-1].read_bytes())
+    content[len(content) // 2] ^= 1
+    checkpoints[-1].write_bytes(content)
+    (parts / "theta.npz").unlink()
+    again = run("--out", str(parts), "--resume", "--report-steps", "0")
+    assert again.returncode == 0 and "checksum" in again.stderr, again.stderr
+    assert strip_seconds(parts / "metrics.csv") == strip_seconds(whole / "metrics.csv")
+    for name, value in np.load(whole / "theta.npz").items():
+        if name != "metadata":
+            np.testing.assert_array_equal(np.load(parts / "theta.npz")[name], value)
+    refused = run("--out", str(parts), "--resume", "--sigma", "0.02", "--pairs", "8")
+    assert refused.returncode == 2 and "--sigma is 0.02 but was 0.01" in refused.stderr, refused.stderr
+    assert "--pairs is 8 but was 4" in refused.stderr and len(refused.stderr.splitlines()) == 1
