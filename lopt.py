@@ -460,7 +460,7 @@ def load_theta(path: str | os.PathLike) -> tuple[dict[str, Array], dict[str, Any
         metadata = json.loads(arrays.pop("metadata").tobytes())
         step_mult, exp_mult = float(metadata["step_mult"]), float(metadata["exp_mult"])
         known = metadata["parametrization"] in ("mup", "sp")
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: its metadata do not give step_mult, exp_mult and parametrization ({error})") from None
     if not known or not np.isfinite([step_mult, exp_mult]).all():
         raise ValueError(f"{path}: its metadata have an unknown parametrization or a multiplier that is not finite")

@@ -32,6 +32,7 @@ import pathlib
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import es
@@ -107,16 +109,21 @@ def check(settings: Settings) -> None:
         need(getattr(settings, name) >= 1, name, "must be at least 1")
     for name in ("image_size", "vocab_size", "sequence_length", "heads", "patch"):
         need((getattr(settings, name) or 1) >= 1 and getattr(settings, name) != 0, name, "must be at least 1")
-    for name in ("sigma", "learning_rate", "final_learning_rate", "step_mult"):
+    for name in ("sigma", "learning_rate", "final_learning_rate", "step_mult"):  # bounds: float32 holds their squares
         value = getattr(settings, name)
-        need(value is None or 0 < value < float("inf"), name, "must be a positive number")
+        need(value is None or 1e-18 < value < 1e18, name, "must be a positive number, above 1e-18 and below 1e18")
+    for name in ("exp_mult", "weight_decay"):
+        need(0 <= getattr(settings, name) < 1e18, name, "must be a number from 0 to 1e18")
+    for name, value in dataclasses.asdict(settings).items():
+        largest = max(value, default=0) if isinstance(value, tuple) else value
+        need(name == "seed" or not isinstance(largest, int) or largest < 2**31, name, "is too large")
     need(len(settings.widths) > 0 and min(settings.widths) >= 1, "widths", "must be at least 1")
     need(len(set(settings.widths)) == len(settings.widths), "widths", "a width is repeated")
     need(settings.truncation <= settings.min_length, "truncation",
          f"longer than the shortest run, --min-length {settings.min_length}")
     need(settings.min_length <= settings.max_length, "min_length",
          f"longer than the longest run, --max-length {settings.max_length}")
-    need(settings.max_length < 2**30, "max_length", "too long")
+    need(settings.max_length < 2**30, "max_length", "is too long")
     need(settings.warmup_steps >= 0, "warmup_steps", "must not be negative")
     need(settings.meta_steps * settings.truncation < 2**31, "meta_steps", "too many inner steps to be counted")
     need(0 <= settings.seed < 2**32, "seed", "must be between 0 and 4294967295")
@@ -252,25 +259,27 @@ def local_array(x: Array) -> np.ndarray:
 class Out:
     """The folder of one run, held by a lock while this process uses it.
 
-    Raises ValueError when another process uses it, when it cannot be written, and, unless resuming, when it
-    is not empty.
+    Raises ValueError when another process uses it, when it cannot be written, and when it is not empty, unless
+    resuming from a checkpoint in it.
     """
 
     def __init__(self, folder: str | os.PathLike, resume: bool):
         self.folder = pathlib.Path(folder)
         self.process, self.processes = jax.process_index(), jax.process_count()
         self.metrics_path = self.folder / "metrics.csv"
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"--out {self.folder}: is a file, not a folder")
-        ours = lambda path: path.name.startswith(".lock-") or path.name.endswith(".part")
-        if not resume and self.folder.is_dir() and not all(map(ours, self.folder.iterdir())):
-            raise ValueError(f"--out {self.folder}: is not empty; add --resume to go on there, or choose another folder")
         try:
+            names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
+            begun = any(name.startswith("checkpoint-") for name in names)
+            if not (resume and begun) and not all(name.startswith(".lock-") or name.endswith(".part") for name in names):
+                raise ValueError(f"--out {self.folder}: is not empty" + ("; add --resume to go on there, or" if begun else
+                                 " and holds no checkpoint;") + " choose another folder")
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / f".lock-{self.process}", "w")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"--out {self.folder}: another process is using it") from None
+        except FileExistsError:
+            raise ValueError(f"--out {self.folder}: is a file, not a folder") from None
         except OSError as error:
             raise ValueError(f"--out {self.folder}: cannot be written ({error.strerror})") from None
         for part in self.folder.glob(f".*-{self.process}-of-*.part"):  # of a process that was killed while writing
@@ -286,7 +295,7 @@ class Out:
             raise ValueError(f"--out {self.folder}: {others[0]} was written by another number of processes than the "
                              f"present {self.processes}; start as many as then")
         paths = self.folder.glob(f"checkpoint-*-{self.process}-of-{self.processes}.npz")
-        return sorted((int(path.name.split("-")[1]) for path in paths), reverse=True)
+        return sorted((int(step) for path in paths if (step := path.name.split("-")[1]).isdigit()), reverse=True)
 
     def save(self, state: MetaState, record: dict[str, Any]) -> int:
         """Writes a checkpoint of the state and the record (JSON), keeps the last two; returns its size in bytes."""
@@ -294,14 +303,21 @@ class Out:
         arrays = {jax.tree_util.keystr(path): local_array(x)
                   for path, x in jax.tree_util.tree_flatten_with_path(state)[0]}
         lopt.write_npz(self._path(step), {**arrays, "record": np.frombuffer(json.dumps(record).encode(), np.uint8)})
-        for old in self.steps()[2:]:
-            self._path(old).unlink(missing_ok=True)
+        steps = self.steps()
+        for other in steps:  # one that is newer than this was damaged, or another process lacks it
+            if other not in steps[steps.index(step):][:2]:
+                self._path(other).unlink(missing_ok=True)
         return self._path(step).stat().st_size
 
     def load(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """(arrays by name, record) of the checkpoint at a meta-step. Raises ValueError if it is damaged."""
         arrays = lopt.read_npz(self._path(step), 1 << 40, checksum=True)
-        return arrays, json.loads(arrays.pop("record").tobytes())
+        try:
+            record = json.loads(arrays.pop("record").tobytes())
+            Settings(**record["settings"])
+        except (KeyError, ValueError, TypeError):
+            raise ValueError(f"{self._path(step)}: was written by another version of this program") from None
+        return arrays, record
 
     def newest(self) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
         """(step, arrays, record) of the newest checkpoint that every process has undamaged; None before the first."""
@@ -334,7 +350,6 @@ class Out:
 
 def agreed_steps(usable: Sequence[int]) -> list[int]:
     """The meta-steps of which every process has a whole checkpoint."""
-    from jax.experimental import multihost_utils
     mine = np.full(2, -1, np.int32)
     mine[:len(usable)] = sorted(usable)[-2:]
     everyone = multihost_utils.process_allgather(mine)
@@ -378,14 +393,20 @@ def set_up_devices(pairs: int, devices: int | None) -> None:
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = devices or max(d for d in range(1, cores + 1) if pairs % d == 0)
-    jax.config.update("jax_num_cpu_devices", count)
+    jax.config.update("jax_num_cpu_devices", min(devices, 256) if devices else largest_divisor(pairs, cores))
+
+
+def largest_divisor(pairs: int, limit: int) -> int:
+    """The largest number up to the limit that divides the pairs."""
+    return max(d for d in range(1, limit + 1) if pairs % d == 0)
 
 
 def make_mesh(pairs: int, devices: int | None) -> Mesh:
     """All devices of all processes (or the first few) on one axis. Raises ValueError if they do not divide the pairs."""
     everything = jax.devices()
     count = len(everything) if devices is None else devices
+    if devices is None and everything[0].platform == "cpu" and jax.process_count() == 1:  # as in set_up_devices
+        count = largest_divisor(pairs, count)
     if count > len(everything):
         raise ValueError(f"--devices {count}: there are only {len(everything)}")
     if pairs % count:
@@ -399,6 +420,28 @@ def replicate(tree: Tree, mesh: Mesh) -> Tree:
     """A tree of arrays that every process holds, copied to each device of the mesh."""
     copies = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(copies, np.asarray(x), x.shape), tree)
+
+
+def give_up(why: str) -> None:
+    """Ends one of several processes at once: an orderly end would wait for the others, which cannot answer."""
+    print(f"\nmeta_train.py: error: another process has died or hangs ({why}); start all of them again with --resume",
+          file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def watch_for_stall(last_step: Callable[[], float | None], seconds: float) -> None:
+    """Ends this process, in a thread, once no meta-step has been finished for that long: another process is gone.
+
+    A collective operation would wait for a dead process without end. last_step: when the last meta-step was
+    finished (time.monotonic()), or None before the first, which includes compilation.
+    """
+    def watch() -> None:
+        while True:
+            time.sleep(1)
+            if (at := last_step()) is not None and time.monotonic() - at > seconds:
+                give_up(f"no meta-step for {seconds:g} seconds")
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -419,11 +462,9 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def train(settings: Settings, dataset: tasks.Dataset, mesh: Mesh, out: Out, start: dict[str, np.ndarray] | None,
-          checkpoint_every: tuple[float, str]) -> tuple[dict[str, Array], int | None]:
-    """Meta-trains from the start, or from the arrays of a checkpoint. Returns (θ, the signal that stopped it or None)."""
-    parametrization = mup.Parametrization(settings.parametrization)
-    inner_tasks = [make_task(settings, dataset, width, settings.depth, parametrization) for width in settings.widths]
+def train(settings: Settings, inner_tasks: Sequence[tasks.Task], dataset: tasks.Dataset, mesh: Mesh, out: Out,
+          start: dict[str, np.ndarray] | None, checkpoint_every: tuple[float, str], stall_seconds: float) -> tuple[dict[str, Array], int]:
+    """Meta-trains from the start, or from the arrays of a checkpoint. Returns (θ, the signal that stopped it or 0)."""
     init, meta_step = make_functions(settings, inner_tasks, mesh)
     split = replicate(dataset.train, mesh)
     state = init()
@@ -437,8 +478,11 @@ def train(settings: Settings, dataset: tasks.Dataset, mesh: Mesh, out: Out, star
         raise ValueError(f"--out {out.folder}: {free:,} bytes are free there, but checkpoints need {need:,}")
     metrics_file = out.open_metrics(step) if writes else io.StringIO()
     every, unit = checkpoint_every
-    saved_step, saved_time, finished = step, time.monotonic(), time.monotonic()
+    saved_step, saved_time, finished, stop = step, time.monotonic(), time.monotonic(), 0
     pending: list[tuple[int, Metrics]] = []
+    last_step: list[float | None] = [None]
+    if out.processes > 1:
+        watch_for_stall(lambda: last_step[0], stall_seconds)
     with stop_signals() as stopped, metrics_file, tqdm.tqdm(
             total=settings.meta_steps, initial=step, unit="meta-step", disable=not writes, smoothing=0.05,
             desc="compiling", dynamic_ncols=True) as bar:
@@ -448,6 +492,7 @@ def train(settings: Settings, dataset: tasks.Dataset, mesh: Mesh, out: Out, star
             number, metrics = pending.pop(0)
             values = [float(x) for x in jax.device_get(metrics)]
             seconds, finished = time.monotonic() - finished, time.monotonic()
+            last_step[0] = finished
             row = [number, *(f"{x:.9g}" for x in values[:-1]), int(values[-1]), f"{seconds:.4f}"]
             metrics_file.write(",".join(map(str, row)) + "\n")
             bar.set_description("meta-training", refresh=False)
@@ -463,29 +508,32 @@ def train(settings: Settings, dataset: tasks.Dataset, mesh: Mesh, out: Out, star
             out.save(state, record)
 
         try:
-            while step < settings.meta_steps and not stopped_anywhere(stopped, out.processes):
+            while step < settings.meta_steps and not (stop := signal_anywhere(stopped, out.processes)):
                 state, metrics = meta_step(state, split)
                 step += 1
                 pending.append((step, metrics))
                 if len(pending) > 2:  # two meta-steps in flight keep the devices busy while rows are written
                     write_row()
                 elapsed = step - saved_step if unit == "steps" else (time.monotonic() - saved_time) / 60
-                if elapsed >= every and (unit == "steps" or out.processes == 1) and step < settings.meta_steps:
+                if elapsed >= every and step < settings.meta_steps:
                     save()
                     saved_step, saved_time = step, time.monotonic()
             save()
-        except OSError as error:
-            raise ValueError(f"{out.metrics_path}: cannot be written ({error.strerror}); the last checkpoint is whole, "
-                             "free some space and go on with --resume") from None
-    return state.theta, stopped[0] if step < settings.meta_steps else None
+        except jax.errors.JaxRuntimeError as error:
+            if out.processes == 1:
+                raise
+            give_up(first_line(error))
+        finally:
+            last_step[0] = None
+    return state.theta, stop
 
 
-def stopped_anywhere(stopped: Sequence[int], processes: int) -> bool:
-    """Whether any process has received a signal to stop (they must all stop after the same meta-step)."""
+def signal_anywhere(received: Sequence[int], processes: int) -> int:
+    """The signal to stop that any process has received, or 0: all must stop after the same meta-step."""
+    mine = received[0] if received else 0
     if processes == 1:
-        return bool(stopped)
-    from jax.experimental import multihost_utils
-    return bool(np.any(multihost_utils.process_allgather(np.bool_(bool(stopped)))))
+        return mine
+    return int(np.max(multihost_utils.process_allgather(np.int32(mine))))
 
 
 def fingerprint(dataset: tasks.Dataset) -> str:
@@ -595,6 +643,8 @@ def make_parser() -> CommandLine:
     flags.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     flags.add_argument("--processes", type=int, metavar="P", help="how many there are")
     flags.add_argument("--process-id", type=int, metavar="I", help="which one this is")
+    flags.add_argument("--stall-seconds", type=float, default=90, metavar="T",
+                       help="without a meta-step, after which a process takes another for dead and ends (default: 90)")
     return parser
 
 
@@ -629,6 +679,8 @@ def run(argv: Sequence[str] | None) -> int:
     checkpoint_every = parse_every(args.checkpoint_every)
     if args.report_steps < 0:
         raise ValueError(f"--report-steps {args.report_steps}: must not be negative")
+    if not args.stall_seconds > 0:
+        raise ValueError(f"--stall-seconds {args.stall_seconds:g}: must be positive")
     if args.devices is not None and args.devices < 1:
         raise ValueError(f"--devices {args.devices}: must be at least 1")
     if args.resume and not args.out:
@@ -639,7 +691,7 @@ def run(argv: Sequence[str] | None) -> int:
     jax.config.update("jax_default_matmul_precision", settings.matmul_precision)
 
     folder = args.out or new_folder(f"{preset}-{settings.parametrization}")
-    resumable = args.resume and pathlib.Path(folder).is_dir()
+    resumable = args.resume and os.path.isdir(folder)
     out = start = None
     if resumable:
         out = Out(folder, resume=True)
@@ -652,15 +704,21 @@ def run(argv: Sequence[str] | None) -> int:
     dataset = load_data(settings, args.download)
     if start is not None and record["data"] != fingerprint(dataset):
         raise ValueError(f"cannot resume: the training data of {dataset.name} are not those of the run in {folder}")
-    out = out or Out(folder, args.resume)
+    parametrization = mup.Parametrization(settings.parametrization)
+    inner_tasks = [make_task(settings, dataset, width, settings.depth, parametrization) for width in settings.widths]
+    out = out or Out(folder, args.resume)  # everything else has been checked before the first file is written
     began = time.monotonic()
     if out.process == 0:
         print(f"meta-training a {'μLO' if settings.parametrization == 'mup' else 'SP LO'} on {dataset.name}, widths "
               f"{' '.join(map(str, settings.widths))}, {settings.pairs} pairs each, on {mesh.devices.size} "
               f"{jax.devices()[0].platform} device(s); output in {folder}" +
               (f"; going on after meta-step {step}" if start is not None else ""))
-    theta, stopped = train(settings, dataset, mesh, out, start, checkpoint_every)
-    if stopped is not None:
+    try:
+        theta, stopped = train(settings, inner_tasks, dataset, mesh, out, start, checkpoint_every, args.stall_seconds)
+    except OSError as error:
+        raise ValueError(f"{out.metrics_path}: cannot be written ({error.strerror}); the last checkpoint is whole, "
+                         "free some space and go on with --resume") from None
+    if stopped:
         print(f"stopped; go on with: python meta_train.py --out {folder} --resume", file=sys.stderr)
         return 128 + stopped
     if out.process == 0:
@@ -706,6 +764,9 @@ def run_command(run: Callable[[Sequence[str] | None], int], name: str, argv: Seq
         return run(argv)
     except ValueError as error:
         print(f"{name}: error: {first_line(error)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -6,6 +6,7 @@
 kinds in turn: between the start of the process and the first meta-step (imports, compilation), while it
 meta-trains, and while a file is being written. A run that ends before its next kill is compared, and a new one
 begins. Exit code 1 for any difference. --seed decides the moments, as fractions of the times measured at first.
+The killed runs find their compiled programs in JAX's cache, where the one left alone has put them.
 """
 
 import argparse
@@ -28,9 +29,11 @@ KINDS = ("start-up", "training", "writing")
 
 def start(out: pathlib.Path, meta_steps: int) -> subprocess.Popen:
     """meta_train.py in a process of its own, its messages in OUT.log."""
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(out.parent / "cache"), "TF_CPP_MIN_LOG_LEVEL": "3",
+                                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     with open(out.with_suffix(".log"), "a") as log:
         return subprocess.Popen([sys.executable, str(ROOT / "meta_train.py"), *FLAGS, "--meta-steps", str(meta_steps),
-                                 "--out", str(out), "--resume"], stdout=log, stderr=log)
+                                 "--out", str(out), "--resume"], stdout=log, stderr=log, env=environment)
 
 
 def finish(process: subprocess.Popen, out: pathlib.Path) -> None:

@@ -1,0 +1,465 @@
+"""What goes wrong: bad input, damaged files, full disks, signals, a second process, gradients that are not finite.
+
+Killed processes: tests/kill_and_resume.py. Damaged data files: test_datasets.py. Diverged inner runs: test_es.py.
+"""
+
+import csv
+import functools
+import json
+import pathlib
+import resource
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+import es
+import evaluate
+import lopt
+import meta_train
+import tasks
+
+STEPS, EVERY = 6, 2
+TINY = ["--widths", "4", "--depth", "1", "--batch-size", "4", "--pairs", "2", "--truncation", "2", "--min-length", "4",
+        "--max-length", "8", "--warmup-steps", "2", "--report-steps", "0", "--devices", "1",
+        "--checkpoint-every", str(EVERY)]
+RESUME = ["--resume", "--devices", "1", "--report-steps", "0", "--checkpoint-every", str(EVERY)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """One synthetic data set, one compilation for all runs of the same settings, no optimization by XLA."""
+    programs = {}
+
+    def make_functions(settings, inner_tasks, mesh, make=meta_train.make_functions):
+        key = settings, mesh
+        if key not in programs:
+            programs[key] = make(settings, inner_tasks, mesh)
+        return programs[key]
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "make_synthetic", functools.cache(tasks.make_synthetic))
+        patch.setattr(meta_train, "make_functions", make_functions)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_default_matmul_precision", None)
+
+
+def command(*argv, program=meta_train):
+    """The exit code of a command line, run in this process."""
+    return meta_train.run_command(program.run, f"{program.__name__}.py", [str(word) for word in argv])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """OUT of an uninterrupted run: checkpoints after 4 and 6 meta-steps."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    assert command(*TINY, "--meta-steps", STEPS, "--out", out) == 0
+    assert len(list(out.glob("checkpoint-*"))) == 2
+    return out
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of it, to be damaged."""
+    return pathlib.Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def results(out):
+    """θ, and metrics.csv without the wall time."""
+    theta = {name: value.tobytes() for name, value in np.load(out / "theta.npz").items() if name != "metadata"}
+    return theta, [row[:-1] for row in csv.reader((out / "metrics.csv").read_text().splitlines())]
+
+
+def contents(folder):
+    """Everything in a folder."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def one_line(capsys):
+    """The error message, which must be one line on stderr and no traceback."""
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and ".py: error: " in error and "Traceback" not in error, error
+    return error
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Bad input on the command lines: (flags, what the message must contain); @: the folder of `inputs`
+
+INTEGERS = ("widths", "depth", "batch-size", "image-size", "vocab-size", "sequence-length", "heads", "patch", "seed")
+META_INTEGERS = ("pairs", "truncation", "min-length", "max-length", "meta-steps", "warmup-steps", "report-steps",
+                 "devices", "processes", "process-id")
+META_NUMBERS = ("sigma", "learning-rate", "final-learning-rate", "step-mult", "exp-mult", "weight-decay")
+EVALUATE_INTEGERS = ("depths", "steps", "seeds", "tune-steps", "tune-seeds")
+MAY_BE_ZERO = ("seed", "warmup-steps", "report-steps", "exp-mult", "weight-decay", "process-id")
+NO_CHOICE = ("no-such-thing", "", "MLP", "0")
+
+BOTH = [
+    *[(f"--{flag} {value}", f"--{flag}") for flag in ("task", "dataset", "matmul-precision") for value in NO_CHOICE],
+    *[(f"--{flag} {value}", f"--{flag}") for flag in INTEGERS for value in ("x", "1.5", "nan", "-1", 10**25)],
+    *[(f"--{flag} 0", f"--{flag} ") for flag in INTEGERS if flag not in MAY_BE_ZERO],
+    ("--no-such-flag 3", "--no-such-flag"), ("stray", "stray"), ("--out", "--out"), ("--widths", "--widths"),
+    ("--widt 8", "--widt"), ("--widths 8 16 8", "repeated"), ("--widths 8 0", "--widths"),
+    ("--seed 4294967296", "--seed 4294967296"),
+    ("--image-size 3", "image size 3"), ("--image-size 12", "image size 12"),
+    ("--image-size 4096", "image size 4096"),
+    ("--vocab-size 50", "vocab size 50"), ("--download", "'synthetic' cannot be downloaded"),
+    ("--dataset cifar10", "data: no such folder"), ("--dataset mnist --data-dir absent", "absent"),
+    ("--dataset cifar10 --data-dir @/file", "file"), ("--dataset imagenet32 --data-dir @/full", "full"),
+    ("--dataset text --data-dir absent.txt", "absent.txt"), ("--dataset text --data-dir @/short.txt", "short.txt"),
+    ("--dataset text --data-dir @/binary.txt", "binary.txt"),
+    ("--dataset tokens --data-dir @/text.txt", "vocab size"),
+    ("--dataset text --data-dir @/text.txt", "needs images"), ("--task lm", "needs text"),
+    ("--task lm --dataset text --data-dir @/text.txt --image-size 8", "image size 8"),
+    ("--task lm --dataset text --data-dir @/text.txt --sequence-length 100000", "100000"),
+    ("--task lm --dataset text --data-dir @/text.txt --widths 32 --heads 3", "heads 3"),
+    ("--task vit --widths 32 --heads 5 --patch 2", "heads 5"), ("--task vit --patch 3", "patch 3"),
+    ("--heads 2", "heads"), ("--patch 2", "patch"), ("--remat", "remat"), ("--sequence-length 5", "sequence_length"),
+    ("--out @/file", "file"), ("--out @/file/below", "below"), ("--out /proc/no-such-thing", "/proc/no-such-thing"),
+    (f"--out {'n' * 300}", "nnn")]
+
+META = [
+    *BOTH,
+    *[(f"--{flag} {value}", f"--{flag}") for flag in ("parametrization", "preset") for value in NO_CHOICE],
+    *[(f"--{flag} {value}", f"--{flag}") for flag in META_INTEGERS for value in ("x", "2.5", "-1", 10**25)
+      if (flag, value) != ("report-steps", 10**25)],
+    *[(f"--{flag} 0", "--min-length" if flag == "max-length" else f"--{flag} ") for flag in META_INTEGERS
+      if flag not in MAY_BE_ZERO and flag != "processes"],
+    *[(f"--{flag} {value}", f"--{flag}") for flag in META_NUMBERS for value in ("x", "-1", "nan", "inf", "-inf", "1e39")],
+    *[(f"--{flag} {value}", f"--{flag} ") for flag in META_NUMBERS if flag not in MAY_BE_ZERO for value in ("0", "1e-50")],
+    *[(f"--checkpoint-every={value}", f"--checkpoint-every {value}")
+      for value in ("0", "-3", "x", "1.5", "0m", "nanm", "infm", "m", "", "10s")],
+    ("--truncation 200", "--truncation 200: longer than the shortest run"),
+    ("--min-length 3000", "--min-length 3000: longer than the longest run"),
+    ("--meta-steps 100000000", "--meta-steps 100000000"), ("--max-length 2000000000", "--max-length"),
+    ("--devices 3", "--pairs 8: does not divide over 3 devices"), ("--devices 16", "--devices 16: there are only 8"),
+    ("--pairs 3 --devices 2", "--pairs 3"), ("--out @/full", "full: is not empty"),
+    ("--resume", "--resume needs --out"), ("--resume --out @/full", "full: is not empty"),
+    ("--resume --out @/file", "file"), ("--coordinator localhost:1", "need --distributed"),
+    ("--processes 2 --process-id 0", "need --distributed"), ("--distributed", "--distributed needs --out"),
+    ("--distributed --out new --processes 2", "go together"),
+    ("--distributed --out new --processes 2 --process-id 2 --coordinator localhost:1", "--process-id 2")]
+
+EVALUATE = [
+    *[(f"--baselines adamw {flags}", culprit) for flags, culprit in BOTH],
+    *[(f"--baselines adamw --{flag} {value}", f"--{flag}") for flag in EVALUATE_INTEGERS if flag != "depths"
+      for value in ("x", "2.5", "-1", "0", 10**25)],
+    *[(f"--baselines adamw --sweep depth --depths {value}", "--depths") for value in ("x", "1.5", "-1", "0", "3 3", 10**25)],
+    *[(f"--baselines adamw --{flag} {value}", f"--{flag}") for flag in ("sweep", "tune", "reproduce") for value in NO_CHOICE],
+    *[(f"--baselines {value}", "--baselines") for value in NO_CHOICE],
+    *[(f"--theta @/{name}", name) for name in ("absent.npz", "file", "full", "empty.npz", "text.txt")]]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Some good and bad files, outside of the working folder."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "full").mkdir()
+    for name in ("file", "full/mine"):
+        (folder / name).write_text("mine")
+    (folder / "empty.npz").touch()
+    (folder / "short.txt").write_text("too short")
+    (folder / "binary.txt").write_bytes(bytes(range(256)) * 99)
+    (folder / "text.txt").write_text("To be, or not to be. " * 2000)
+    return folder
+
+
+@pytest.mark.parametrize("program, cases", [(meta_train, META), (evaluate, EVALUATE)], ids=["meta_train", "evaluate"])
+def test_bad_input_is_one_line_and_nothing_is_written(program, cases, inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(meta_train, "train", None)  # no case may come as far
+    monkeypatch.setattr(evaluate, "measure", None)
+    before, failed = contents(inputs), []
+    for flags, culprit in cases:
+        words = flags.replace("@", str(inputs)).split(" ")
+        try:
+            code = command(*words, program=program)
+            error = capsys.readouterr().err
+        except Exception as problem:  # all cases in one go: name those that fail
+            code, error = None, f"{type(problem).__name__}: {problem}"
+        written = [path for path, content in contents(tmp_path).items() if content is not None or program is meta_train]
+        good = code == 2 and error.count("\n") == 1 and error.startswith(f"{program.__name__}.py: error: ")
+        if not good or culprit not in error or written:
+            failed.append(f"{flags}: {code} {error.strip()} {written}")
+        for name in ("runs", "new"):
+            shutil.rmtree(tmp_path / name, ignore_errors=True)
+    assert not failed, "\n".join(failed)
+    assert contents(inputs) == before
+    assert len(cases) > 80
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Damaged files
+
+
+def flips(content, count, rng):
+    """The content with one byte changed, count times."""
+    for place, change in zip(rng.integers(len(content), size=count), rng.integers(1, 256, size=count)):
+        damaged = bytearray(content)
+        damaged[place] ^= change
+        yield bytes(damaged)
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(copy, capsys):
+    """1,000 single bytes and 100 lengths."""
+    out = meta_train.Out(copy, resume=True)
+    step, arrays, record = out.newest()
+    assert step == STEPS and not capsys.readouterr().err
+    older = out.load(STEPS - EVERY)
+    expected = {name: value.tobytes() for name, value in older[0].items()}
+    assert any(arrays[name].tobytes() != value for name, value in expected.items())
+    newest, rng = out._path(STEPS), np.random.default_rng(0)
+    content = newest.read_bytes()
+    truncated = (content[:length] for length in [0, 1, 63, 64, 65, *rng.integers(len(content), size=95)])
+    for damaged in (*flips(content, 1000, rng), *truncated):
+        newest.write_bytes(damaged)
+        step, arrays, record = out.newest()
+        assert step == STEPS - EVERY and record == older[1]
+        assert {name: value.tobytes() for name, value in arrays.items()} == expected
+        warning = capsys.readouterr().err
+        assert warning.count("\n") == 1 and newest.name in warning and "checksum" in warning
+
+
+def test_no_whole_checkpoint_is_one_line(copy, capsys):
+    for path in copy.glob("checkpoint-*"):
+        path.write_bytes(path.read_bytes()[:-1])
+    before = contents(copy)
+    assert command(*RESUME, "--out", copy) == 2
+    *warnings, error = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2 and "no checkpoint there is whole" in error and str(copy) in error
+    assert contents(copy) == before
+
+
+@pytest.mark.parametrize("record", [None, b"{", b"[]", b"{}", b'{"settings": {"unknown": 1}}', b"\xff"])
+def test_checkpoint_of_another_version_is_not_used(copy, record, capsys):
+    out = meta_train.Out(copy, resume=True)
+    arrays = lopt.read_npz(out._path(STEPS), 1 << 30)
+    arrays.pop("record")
+    lopt.write_npz(out._path(STEPS), arrays | ({} if record is None else {"record": np.frombuffer(record, np.uint8)}))
+    assert out.newest()[0] == STEPS - EVERY and "another version" in capsys.readouterr().err
+
+
+def test_arrays_that_do_not_fit_are_refused(finished):
+    mesh = Mesh(np.array(jax.devices()[:1]), ("pairs",))
+    like = meta_train.replicate({"a": np.zeros((2, 3), np.float32)}, mesh)
+    for value in (None, np.zeros((2, 3), np.int32), np.zeros((2, 4), np.float32)):
+        with pytest.raises(ValueError, match="does not fit this version"):
+            meta_train.restore({} if value is None else {"['a']": value}, like)
+
+
+def test_run_after_a_fallback_equals_the_uninterrupted_one(finished, copy, capsys):
+    newest = copy / f"checkpoint-{STEPS:08d}-0-of-1.npz"
+    newest.write_bytes(b"")
+    assert command(*RESUME, "--out", copy) == 0
+    assert "falling back" in capsys.readouterr().err
+    assert results(copy) == results(finished)
+
+
+def test_damaged_theta_is_refused_or_read_exactly(finished, tmp_path):
+    """300 single bytes: some lie in fields of the zip format that have no meaning for the content."""
+    content = (finished / "theta.npz").read_bytes()
+    theta, metadata = lopt.load_theta(finished / "theta.npz")
+    path, refused = tmp_path / "theta.npz", 0
+    for damaged in flips(content, 300, np.random.default_rng(0)):
+        path.write_bytes(damaged)
+        try:
+            other, other_metadata = lopt.load_theta(path)
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+        else:
+            assert other_metadata == metadata
+            assert all(np.array_equal(other[name], theta[name]) for name in theta)
+    assert refused > 200
+
+
+THETA = {name: np.zeros(shape, np.float32) for name, shape in lopt.THETA_SHAPES.items()}
+METADATA = {"step_mult": 0.01, "exp_mult": 0.001, "parametrization": "mup"}
+BAD_THETA = {
+    "an array is missing": ({name: THETA[name] for name in list(THETA)[1:]}, METADATA),
+    "no arrays": ({}, METADATA),
+    "float64": (THETA | {"b0": THETA["b0"].astype(np.float64)}, METADATA),
+    "wrong shape": (THETA | {"b0": np.zeros(33, np.float32)}, METADATA),
+    "NaN": (THETA | {"b0": THETA["b0"] * np.nan}, METADATA),
+    "infinity": (THETA | {"b0": THETA["b0"] + np.inf}, METADATA),
+    "pickled objects": (THETA | {"b0": np.array([{}], object)}, METADATA),
+    "too large": (THETA | {"more": np.zeros(1 << 20, np.uint8)}, METADATA),
+    "metadata is a list": (THETA, [1, 2]),
+    "metadata is a number": (THETA, 3),
+    "no step_mult": (THETA, METADATA | {"step_mult": None}),
+    "step_mult is no number": (THETA, METADATA | {"step_mult": "much"}),
+    "step_mult is NaN": (THETA, METADATA | {"step_mult": float("nan")}),
+    "unknown parametrization": (THETA, METADATA | {"parametrization": "ntk"}),
+    "parametrization is a list": (THETA, METADATA | {"parametrization": ["mup"]})}
+
+
+@pytest.mark.parametrize("case", BAD_THETA)
+def test_bad_theta_is_one_line(case, tmp_path, monkeypatch, capsys):
+    arrays, metadata = BAD_THETA[case]
+    monkeypatch.chdir(tmp_path)
+    np.savez("bad.npz", **arrays, metadata=np.frombuffer(json.dumps(metadata).encode(), np.uint8))
+    assert command("--theta", "bad.npz", program=evaluate) == 2
+    assert "bad.npz: " in one_line(capsys)
+    assert [path.name for path in tmp_path.rglob("*")] == ["bad.npz"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Interruptions
+
+
+def at_checkpoint(monkeypatch, step, action):
+    """Does something when the checkpoint at a meta-step has been written."""
+    def save(self, state, record, save=meta_train.Out.save):
+        size = save(self, state, record)
+        if int(state.meta_step) == step:
+            action(self)
+        return size
+
+    monkeypatch.setattr(meta_train.Out, "save", save)
+
+
+@pytest.mark.parametrize("full", ["checkpoint", "metrics.csv"])
+def test_full_disk(full, finished, tmp_path, monkeypatch, capsys):
+    """A limit on the size of files stops the run as a full disk does; what was saved before is whole."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = lambda out: 20_000 if full == "checkpoint" else out.metrics_path.stat().st_size + 3
+    with monkeypatch.context() as patch:
+        at_checkpoint(patch, EVERY, lambda out: resource.setrlimit(resource.RLIMIT_FSIZE, (size(out), limits[1])))
+        try:
+            code = command(*TINY, "--meta-steps", STEPS, "--out", tmp_path / "out")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert code == 2 and "cannot be written (File too large)" in error and "free some space" in error
+    assert f"{tmp_path}/out/{full}" in error
+    assert not list((tmp_path / "out").glob(".*.part")) and not (tmp_path / "out" / "theta.npz").exists()
+    assert command(*RESUME, "--out", tmp_path / "out") == 0
+    captured = capsys.readouterr()
+    assert f"going on after meta-step {EVERY}" in captured.out and "warning" not in captured.err
+    assert results(tmp_path / "out") == results(finished)
+
+
+def test_too_little_space_is_seen_at_the_start(tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(meta_train.shutil, "disk_usage", lambda path: usage)
+    assert command(*TINY, "--meta-steps", STEPS, "--out", tmp_path / "out") == 2
+    assert "1,000 bytes are free there" in one_line(capsys)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_leaves_a_checkpoint(number, finished, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        at_checkpoint(patch, EVERY, lambda _: signal.raise_signal(number))
+        handler = signal.getsignal(number)
+        assert command(*TINY, "--meta-steps", STEPS, "--out", out) == 128 + number
+        assert signal.getsignal(number) is handler
+    hint = capsys.readouterr().err.splitlines()[-1]
+    assert hint == f"stopped; go on with: python meta_train.py --out {out} --resume"
+    assert not (out / "theta.npz").exists()
+    assert command(*RESUME, "--out", out) == 0
+    assert f"going on after meta-step {EVERY}" in capsys.readouterr().out
+    assert results(out) == results(finished)
+
+
+def test_second_process_is_refused(copy, tmp_path, capsys):
+    first = meta_train.Out(copy, resume=True)
+    before = contents(copy)
+    assert command(*RESUME, "--out", copy) == 2
+    assert f"{copy}: another process is using it" in one_line(capsys)
+    assert contents(copy) == before
+    first.lock.close()
+    fresh = meta_train.Out(tmp_path / "fresh", resume=False)
+    assert command(*TINY, "--out", fresh.folder) == 2
+    assert "another process is using it" in one_line(capsys)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What may change on resuming
+
+
+def test_more_meta_steps_go_on_and_fewer_are_refused(finished, copy, capsys):
+    before = contents(copy)
+    assert command(*RESUME, "--out", copy, "--meta-steps", STEPS - 1) == 2
+    assert f"--meta-steps {STEPS - 1}: can only grow" in one_line(capsys)
+    assert command(*TINY, "--out", copy, "--meta-steps", STEPS) == 2
+    assert "is not empty; add --resume" in one_line(capsys)
+    assert command(*RESUME, "--out", copy, "--sigma", 0.5, "--widths", 8) == 2
+    error = one_line(capsys)
+    assert "--sigma is 0.5 but was 0.01" in error and "--widths" in error
+    assert contents(copy) == before
+    assert command(*RESUME, "--out", copy, "--meta-steps", STEPS + 2) == 0
+    rows = results(copy)[1]
+    assert rows[:STEPS + 1] == results(finished)[1]
+    assert [row[0] for row in rows[1:]] == [str(i + 1) for i in range(STEPS + 2)]
+
+
+def test_number_of_devices_may_be_left_out_on_resuming(copy):
+    """Pairs come from the checkpoint: the devices must divide those, not the default."""
+    assert meta_train.make_mesh(3, None).devices.size == 3
+    assert meta_train.make_mesh(8, None).devices.size == 8
+
+
+def test_other_data_are_refused(copy, monkeypatch, capsys):
+    images, labels = tasks.make_synthetic(8)
+    changed = images.copy()
+    changed[0, 0, 0, 0] ^= 1
+    monkeypatch.setattr(tasks, "make_synthetic", lambda size: (changed, labels))
+    before = contents(copy)
+    assert command(*RESUME, "--out", copy) == 2
+    assert "the training data of synthetic are not those of the run" in one_line(capsys)
+    assert contents(copy) == before
+
+
+@pytest.mark.parametrize("damage", [lambda rows: rows[:3], lambda rows: rows[:2] + rows[3:], lambda rows: rows[:2] * 9,
+                                    lambda rows: ["\0" * 50], lambda rows: None, lambda rows: ["1,2"] * 9])
+def test_damaged_metrics_are_refused(damage, copy, capsys):
+    path = copy / "metrics.csv"
+    if rows := damage(path.read_text().splitlines()):
+        path.write_text("\n".join(rows))
+    else:
+        path.unlink()
+    assert command(*RESUME, "--out", copy) == 2
+    assert "metrics.csv" in one_line(capsys)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Gradients that are not finite
+
+
+def test_entries_that_are_not_finite_count_as_zero():
+    tree = {"a": jnp.array([1.0, jnp.nan, -2.0]), "b": jnp.array([[jnp.inf, 3.0], [-jnp.inf, 0.0]])}
+    zeroed, count = meta_train.zero_nonfinite(tree)
+    assert int(count) == 3
+    np.testing.assert_array_equal(zeroed["a"], [1.0, 0.0, -2.0])
+    np.testing.assert_array_equal(zeroed["b"], [[0.0, 3.0], [0.0, 0.0]])
+
+
+@pytest.mark.parametrize("bad", ["all", "w0"])
+def test_meta_step_without_a_finite_gradient_changes_nothing(bad, monkeypatch):
+    def estimate(task, optimizer, theta, pairs, *rest):
+        ones = jax.tree.map(jnp.ones_like, theta)
+        return {name: x * jnp.nan if bad in ("all", name) else x for name, x in ones.items()}, jnp.float32(1.0), pairs
+
+    monkeypatch.setattr(es, "estimate", estimate)
+    split = tasks.Split(jnp.zeros((9, 4, 4, 1), jnp.uint8), jnp.zeros(9, jnp.int32))
+    dataset = tasks.Dataset("zeros", 2, (0.5,), (0.3,), split, split)
+    settings = meta_train.Settings(widths=(4,), depth=1, batch_size=4, pairs=2, meta_steps=10, warmup_steps=2, seed=9)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("pairs",))
+    inner = meta_train.make_task(settings, dataset, 4, 1, meta_train.mup.Parametrization("mup"))
+    init, meta_step = meta_train.make_functions(settings, [inner], mesh)
+    state = init()
+    before = jax.device_get(state)
+    state, metrics = jax.device_get(meta_step(state, meta_train.replicate(split, mesh)))
+    assert int(metrics.nonfinite) == (lopt.tree_size(before.theta) if bad == "all" else before.theta["w0"].size)
+    assert np.isfinite(metrics.grad_norm) and np.isfinite(metrics.update_norm)
+    assert int(state.meta_step) == 1
+    same = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves((before.theta, before.adam)),
+                                                 jax.tree.leaves((state.theta, state.adam)))]
+    assert all(same) if bad == "all" else not all(same)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.theta))

@@ -1,0 +1,50 @@
+"""The README: its code runs, the functions that its table names exist, and its commands parse."""
+
+import importlib
+import re
+import shlex
+
+import jax
+import pytest
+from conftest import ROOT
+
+import evaluate
+import meta_train
+
+README = (ROOT / "README.md").read_text()
+MODULES = ("mup", "lopt", "tasks", "es", "meta_train", "evaluate")
+
+
+def named(text):
+    """Every `module.name` in a text, as (module, name)."""
+    return re.findall(rf"`({'|'.join(MODULES)})\.(\w+)`", text)
+
+
+def test_paper_to_code_names_exist():
+    table = README.split("## Paper → code")[1].split("\n## ")[0]
+    assert len(named(table)) >= 25
+    for module, name in named(README):
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+
+
+def test_ten_lines_run(monkeypatch):
+    """The training loop of the README lowers the loss of the network that it trains."""
+    monkeypatch.chdir(ROOT)
+    code = re.search(r"```python\n(.*?)```", README, re.S).group(1).replace("range(5)", "range(40)")
+    scope = {}
+    exec(code, scope)
+    batch = scope["task"].sample(jax.random.key(99), scope["data"])
+    loss = scope["task"].loss
+    assert float(loss(scope["params"], batch)) < float(loss(scope["task"].init(jax.random.key(0)), batch)) - 0.1
+
+
+@pytest.mark.parametrize("line", [line.strip().split("#")[0] for line in README.splitlines()
+                                  if re.match(r" {4}(python (meta_train|evaluate)\.py|pip)", line)])
+def test_commands_parse(line):
+    """No flag of a command in the README is unknown."""
+    for part in line.split("&&"):
+        words = shlex.split(part)
+        if "meta_train.py" in words:
+            meta_train.make_parser().parse_args(words[2:])
+        elif "evaluate.py" in words:
+            evaluate.make_parser().parse_args(words[2:])
