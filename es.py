@@ -7,8 +7,8 @@ weights, batches and lengths; they are never unrolled from start to end for one 
 *truncation*). What a perturbation of an earlier truncation does to a later loss would be lost: truncated ES is
 biased. PES keeps it, in an accumulator ξ_j of all perturbations that the run has felt.
 
-The gradient of one truncation takes three calls, in the order of this file: `perturb` draws ε_j, `unroll` moves every run K steps on
-and records its losses, `pes_gradient` makes the estimate of them. `estimate` ties them together.
+The gradient of one truncation takes three calls: `perturb` draws ε_j, `unroll` moves every run K steps on and records
+its losses, `pes_gradient` makes the estimate of them. `estimate` ties them together.
 
 A task here is anything with init(key), sample(key, split), loss(params, batch) and max_loss, and an optimizer is a
 function from θ to an `lopt.Optimizer`.

@@ -453,20 +453,18 @@ SWEEPS = {"width": ((32, 128, 512), 1000, [0]), "depth": ((32,), 1000, [3, 6, 12
           "horizon": ((32,), 1000, [0]), "coordinate-check": ((32, 128, 512), 500, [0])}
 
 # name of the outputs: the flags that make them; {results} holds the shipped θ, {data} the data sets
-TWO = "--theta {results}/mulo_s.npz {results}/lo_s.npz"
-FOUR = TWO + " {results}/mulo_m.npz {results}/lo_m.npz"
+THETA = "--theta {results}/mulo_s.npz {results}/lo_s.npz"
 CIFAR = "--dataset cifar10 --data-dir {data} --image-size 8"
 TEXT = "--dataset text --data-dir {data}/tinyshakespeare.txt"
 BOTH = "--baselines adamw muadam"
 EXPERIMENTS = {
-    "width": f"--sweep width {FOUR} {BOTH} {CIFAR} --tune both --widths 32 128 512 2048",
-    "depth": f"--sweep depth {FOUR} {BOTH} {CIFAR} --widths 32 128 --depths 3 6 12 16",
-    "horizon": f"--sweep horizon {FOUR} {BOTH} {CIFAR} --widths 128",
-    "coordinate-check": f"--sweep coordinate-check {TWO} {BOTH} {CIFAR} --widths 32 64 128 256 512 1024",
-    "width-synthetic": f"--sweep width {FOUR} {BOTH} --widths 32 128 512",
-    "vit": f"--sweep width --task vit --patch 2 {FOUR} {BOTH} {CIFAR} --widths 32 64 128",
-    "lm": f"--sweep width --task lm {FOUR} {BOTH} {TEXT} --widths 32 64 128"}
-QUICK = {"quick": f"--sweep width {TWO} --baselines adamw --widths 32 128 512 --steps 300 --seeds 2"}
+    "width": f"--sweep width {THETA} {BOTH} {CIFAR} --tune both --tune-seeds 2 --seeds 4 --widths 32 128 512",
+    "width-2048": f"--sweep width {THETA} --baselines adamw {CIFAR} --steps 300 --seeds 2 --widths 32 2048",
+    "coordinate-check": f"--sweep coordinate-check {THETA} {BOTH} {CIFAR} --steps 100 --seeds 2 "
+                        "--widths 32 64 128 256 512 1024",
+    "vit": f"--sweep width --task vit --patch 2 {THETA} {BOTH} {CIFAR} --steps 300 --seeds 2 --widths 32 64 128",
+    "lm": f"--sweep width --task lm {THETA} {BOTH} {TEXT} --batch-size 16 --steps 300 --seeds 2 --widths 32 64 128"}
+QUICK = {"quick": f"--sweep width {THETA} --baselines adamw --widths 32 128 512 --steps 300 --seeds 2"}
 
 
 def make_parser() -> meta_train.CommandLine:

@@ -245,7 +245,8 @@ def _update_factored(theta, averages: Averages, g, p, from_step, step_mult, exp_
     w0 = (theta["w0"][PER_WEIGHT] * lax.rsqrt(1e-5 + squares / g.size)[:, None]).T  # (H, 16)
 
     def hidden_from(rows_of_w0, x):  # (H, O, A, 1) or (H, O, 1, B)
-        return jnp.einsum("fh,foab->hoab", theta["w0"][rows_of_w0], _normalise(jnp.concatenate([x, lax.rsqrt(x + 1e-8)])))
+        x = _normalise(jnp.concatenate([x, lax.rsqrt(x + 1e-8)]))
+        return jnp.einsum("fh,foab->hoab", theta["w0"][rows_of_w0], x)
 
     from_r, from_c = hidden_from(FROM_R, averages.r), hidden_from(FROM_C, averages.c)
     from_a, from_b = (from_r, from_c) if d0 == -1 else (from_c, from_r)
@@ -317,8 +318,8 @@ def adamw(learning_rate: float | Array | Callable[[Array], Array], *, b1: float 
           eps: float = 1e-8, weight_decay: float = 0.0, update_multipliers: Tree | None = None) -> Optimizer:
     """AdamW, decoupled weight decay: u = −η · multiplier · (m̂/(√v̂ + ε) + weight_decay · p), m̂ = m/(1−β₁ᵗ).
 
-    learning_rate: η, or a function of the number of updates made before. With μP's update_multipliers and SP's weight_decay of 0
-    this is μAdam (TP5, Table 8).
+    learning_rate: η, or a function of the number of updates made before. With μP's update_multipliers and no weight
+    decay this is μAdam (TP5, Table 8).
     """
     def init(params: Tree) -> AdamState:
         return AdamState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params),

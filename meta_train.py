@@ -6,7 +6,8 @@
     python meta_train.py --out runs/a --resume             goes on where runs/a was interrupted
 
 One meta-step perturbs θ for N antithetic pairs of inner runs on every task, moves all of them K inner steps on, makes
-the PES estimate of the meta-gradient of that (es.py), and takes a step of AdamW on θ (lopt.py); it is one jitted function.
+the PES estimate of the meta-gradient of that (es.py), and takes a step of AdamW on θ (lopt.py); it is one jitted
+function.
 The pairs are sharded over the local devices (one for each core of a CPU), and over all hosts with --distributed.
 
 OUT/ holds theta.npz (θ at the end), metrics.csv (a row for each meta-step) and the last two checkpoints, from which
@@ -75,7 +76,7 @@ class Settings:
     sigma: float = 0.01
     min_length: int = 100
     max_length: int = 1000
-    meta_steps: int = 1000
+    meta_steps: int = 800
     learning_rate: float = 3e-3
     final_learning_rate: float = 1e-3
     warmup_steps: int = 100
@@ -109,7 +110,7 @@ def check(settings: Settings) -> None:
         need(getattr(settings, name) >= 1, name, "must be at least 1")
     for name in ("image_size", "vocab_size", "sequence_length", "heads", "patch"):
         need((getattr(settings, name) or 1) >= 1 and getattr(settings, name) != 0, name, "must be at least 1")
-    for name in ("sigma", "learning_rate", "final_learning_rate", "step_mult"):  # bounds: float32 holds their squares
+    for name in ("sigma", "learning_rate", "final_learning_rate", "step_mult"):  # whose squares float32 holds
         value = getattr(settings, name)
         need(value is None or 1e-18 < value < 1e18, name, "must be a positive number, above 1e-18 and below 1e18")
     for name in ("exp_mult", "weight_decay"):
@@ -270,9 +271,11 @@ class Out:
         try:
             names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
             begun = any(name.startswith("checkpoint-") for name in names)
-            if not (resume and begun) and not all(name.startswith(".lock-") or name.endswith(".part") for name in names):
-                raise ValueError(f"--out {self.folder}: is not empty" + ("; add --resume to go on there, or" if begun else
-                                 " and holds no checkpoint;") + " choose another folder")
+            others = [name for name in names if not name.startswith(".lock-") and not name.endswith(".part")]
+            if others and not (resume and begun):
+                raise ValueError(f"--out {self.folder}: is not empty" + (
+                    "; add --resume to go on there, or" if begun else " and holds no checkpoint;") +
+                    " choose another folder")
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / f".lock-{self.process}", "w")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -387,13 +390,18 @@ def settings_on_resume(given: dict[str, Any], saved: dict[str, Any]) -> Settings
 def set_up_devices(pairs: int, devices: int | None) -> None:
     """Gives a CPU one XLA device for each core that divides the pairs; must come before JAX is first used.
 
-    Each core then unrolls its own pairs and waits for the others once per meta-step: nearly twice as fast on two cores as one
-    device whose every operation is split over both.
+    Each core then unrolls its own pairs and waits for the others once per meta-step: nearly twice as fast on two
+    cores as one device whose every operation is split over both.
     """
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    if devices_are_forced():
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jax.config.update("jax_num_cpu_devices", min(devices, 256) if devices else largest_divisor(pairs, cores))
+
+
+def devices_are_forced() -> bool:
+    """Whether the environment says into how many XLA devices a CPU is divided."""
+    return "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
 
 
 def largest_divisor(pairs: int, limit: int) -> int:
@@ -405,8 +413,8 @@ def make_mesh(pairs: int, devices: int | None) -> Mesh:
     """All devices of all processes (or the first few) on one axis. Raises ValueError if they do not divide the pairs."""
     everything = jax.devices()
     count = len(everything) if devices is None else devices
-    if devices is None and everything[0].platform == "cpu" and jax.process_count() == 1:  # as in set_up_devices
-        count = largest_divisor(pairs, count)
+    if devices is None and not devices_are_forced() and everything[0].platform == "cpu" and jax.process_count() == 1:
+        count = largest_divisor(pairs, count)  # a CPU has as many devices as we like
     if count > len(everything):
         raise ValueError(f"--devices {count}: there are only {len(everything)}")
     if pairs % count:
@@ -463,7 +471,8 @@ def stop_signals():
 
 
 def train(settings: Settings, inner_tasks: Sequence[tasks.Task], dataset: tasks.Dataset, mesh: Mesh, out: Out,
-          start: dict[str, np.ndarray] | None, checkpoint_every: tuple[float, str], stall_seconds: float) -> tuple[dict[str, Array], int]:
+          start: dict[str, np.ndarray] | None, checkpoint_every: tuple[float, str],
+          stall_seconds: float) -> tuple[dict[str, Array], int]:
     """Meta-trains from the start, or from the arrays of a checkpoint. Returns (θ, the signal that stopped it or 0)."""
     init, meta_step = make_functions(settings, inner_tasks, mesh)
     split = replicate(dataset.train, mesh)
@@ -592,7 +601,8 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_argument("--task", choices=tasks.TASKS, help="the inner networks (default: mlp)")
     flags.add_argument("--dataset", choices=tasks.DATASETS, help="default: synthetic, which needs no files")
     flags.add_argument("--data-dir", metavar="DIR", help="where the data set's files are (default: data)")
-    flags.add_argument("--download", action="store_true", default=None, help="fetch cifar10 or fashion_mnist into --data-dir first")
+    flags.add_argument("--download", action="store_true", default=None,
+                       help="fetch cifar10 or fashion_mnist into --data-dir first")
     flags.add_argument("--image-size", type=int, metavar="S", help="shrink the images to S×S by averaging blocks")
     flags.add_argument("--vocab-size", type=int, metavar="V", help="token ids of data set tokens")
     flags.add_argument("--sequence-length", type=int, metavar="L", help="tokens of a sequence (default: 64)")
@@ -612,34 +622,40 @@ def make_parser() -> CommandLine:
     parser = CommandLine(prog="meta_train.py", description=__doc__, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=tuple(PRESETS), default=None,
-                        help="settings to start from: laptop (default), or the paper's for one or three widths; flags win over it")
+                        help="settings to start from: laptop (default), or the paper's for one or three widths; flags "
+                        "win over it")
     parser.add_argument("--parametrization", choices=("mup", "sp"), help="of the inner networks (default: mup)")
     add_task_flags(parser)
     flags = parser.add_argument_group("PES")
-    flags.add_argument("--pairs", type=int, metavar="N", help="antithetic pairs of inner runs for each width (default: 8)")
+    flags.add_argument("--pairs", type=int, metavar="N", help="antithetic pairs of runs for each width (default: 8)")
     flags.add_argument("--truncation", type=int, metavar="K", help="inner steps of one meta-step (default: 50)")
-    flags.add_argument("--sigma", type=float, metavar="σ", help="standard deviation of the perturbations (default: 0.01)")
+    flags.add_argument("--sigma", type=float, metavar="σ", help="of the perturbations (default: 0.01)")
     flags.add_argument("--min-length", type=int, metavar="T", help="shortest inner run, in steps (default: 100)")
     flags.add_argument("--max-length", type=int, metavar="T", help="longest inner run, in steps (default: 1000)")
     flags = parser.add_argument_group("meta-optimizer and learned optimizer")
-    flags.add_argument("--meta-steps", type=int, metavar="M", help="default: 1000 (laptop), 5000 (paper)")
+    flags.add_argument("--meta-steps", type=int, metavar="M", help="default: 800 (laptop), 5000 (paper)")
     flags.add_argument("--learning-rate", type=float, metavar="η", help="after the warm-up (default: 3e-3)")
-    flags.add_argument("--final-learning-rate", type=float, metavar="η", help="at the end of the cosine (default: 1e-3)")
+    flags.add_argument("--final-learning-rate", type=float, metavar="η",
+                       help="at the end of the cosine (default: 1e-3)")
     flags.add_argument("--warmup-steps", type=int, metavar="M", help="default: 100")
     flags.add_argument("--weight-decay", type=float, metavar="λ", help="of θ (default: 1e-4)")
-    flags.add_argument("--step-mult", type=float, metavar="c", help="scale of all updates (default: 0.01 in mup, 0.001 in sp)")
+    flags.add_argument("--step-mult", type=float, metavar="c",
+                       help="scale of all updates (default: 0.01 in mup, 0.001 in sp)")
     flags.add_argument("--exp-mult", type=float, metavar="c", help="scale of the log-magnitudes (default: 0.001)")
     flags.add_argument("--seed", type=int, metavar="S", help="decides everything that is random (default: 0)")
     flags = parser.add_argument_group("the run")
-    flags.add_argument("--out", metavar="DIR", help="folder for θ, metrics and checkpoints (default: a new one in runs/)")
+    flags.add_argument("--out", metavar="DIR",
+                       help="folder for θ, metrics and checkpoints (default: a new one in runs/)")
     flags.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    flags.add_argument("--checkpoint-every", default="100", metavar="EVERY", help="meta-steps, or minutes as in 10m (default: 100)")
+    flags.add_argument("--checkpoint-every", default="100", metavar="EVERY",
+                       help="meta-steps, or minutes as in 10m (default: 100)")
     flags.add_argument("--report-steps", type=int, default=1000, metavar="T",
                        help="inner steps of the comparison with AdamW at the end, 0 for none (default: 1000)")
-    flags.add_argument("--devices", type=int, metavar="D", help="how many to use (default: all; on a CPU one for each core)")
+    flags.add_argument("--devices", type=int, metavar="D",
+                       help="how many to use (default: all; on a CPU one for each core)")
     flags = parser.add_argument_group("many hosts")
-    flags.add_argument("--distributed", action="store_true", help="one of several processes; the flags below are found by "
-                       "JAX itself on SLURM, Kubernetes and TPU pods")
+    flags.add_argument("--distributed", action="store_true", help="one of several processes; the next three flags are "
+                       "found by JAX itself on SLURM, Kubernetes and TPU pods")
     flags.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     flags.add_argument("--processes", type=int, metavar="P", help="how many there are")
     flags.add_argument("--process-id", type=int, metavar="I", help="which one this is")
@@ -728,6 +744,7 @@ def run(argv: Sequence[str] | None) -> int:
         lopt.save_theta(out.folder / "theta.npz", jax.device_get(theta), **metadata)
         print(f"wrote {out.folder / 'theta.npz'} after {(time.monotonic() - began) / 60:.1f} minutes")
         if args.report_steps:
+            print(f"comparing θ with AdamW on {args.report_steps} steps of training", flush=True)
             print(report(settings, dataset, theta, metadata, args.report_steps), flush=True)
     return 0
 
@@ -744,7 +761,8 @@ def start_distributed(args: argparse.Namespace, checkpoint_every: tuple[float, s
     if not args.out:
         raise ValueError("--distributed needs --out, so that all processes name the same run")
     if checkpoint_every[1] == "minutes":
-        raise ValueError("--checkpoint-every in minutes does not go with --distributed: give meta-steps, at which all agree")
+        raise ValueError("--checkpoint-every in minutes does not go with --distributed: give meta-steps, at which all "
+                         "agree")
     if args.processes is not None and not 0 <= args.process_id < args.processes:
         raise ValueError(f"--process-id {args.process_id}: must be between 0 and --processes {args.processes} minus 1")
     try:
@@ -759,11 +777,14 @@ def first_line(error: BaseException) -> str:
 
 
 def run_command(run: Callable[[Sequence[str] | None], int], name: str, argv: Sequence[str] | None) -> int:
-    """Runs a command line: bad input and lack of memory become one line on stderr and exit code 2."""
+    """Runs a command line: bad input, lack of memory and Ctrl-C become one line on stderr, and exit code 2 (130)."""
     try:
         return run(argv)
     except ValueError as error:
         print(f"{name}: error: {first_line(error)}", file=sys.stderr)
+    except OSError as error:
+        print(f"{name}: error: {error.filename or 'input or output'}: {error.strerror or first_line(error)}",
+              file=sys.stderr)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -22,18 +22,20 @@ import time
 import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-FLAGS = ["--widths", "8", "--depth", "1", "--batch-size", "8", "--pairs", "4", "--truncation", "4", "--min-length", "8",
-         "--max-length", "20", "--warmup-steps", "20", "--report-steps", "0", "--checkpoint-every", "7"]
+FLAGS = ["--widths", "8", "--depth", "1", "--batch-size", "8", "--pairs", "4", "--truncation", "4",
+         "--min-length", "8", "--max-length", "20", "--warmup-steps", "20", "--report-steps", "0",
+         "--checkpoint-every", "7"]
 KINDS = ("start-up", "training", "writing")
 
 
 def start(out: pathlib.Path, meta_steps: int) -> subprocess.Popen:
     """meta_train.py in a process of its own, its messages in OUT.log."""
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(out.parent / "cache"), "TF_CPP_MIN_LOG_LEVEL": "3",
+    command = [sys.executable, str(ROOT / "meta_train.py"), *FLAGS, "--meta-steps", str(meta_steps),
+               "--out", str(out), "--resume"]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(out.parent / "cache"),
                                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     with open(out.with_suffix(".log"), "a") as log:
-        return subprocess.Popen([sys.executable, str(ROOT / "meta_train.py"), *FLAGS, "--meta-steps", str(meta_steps),
-                                 "--out", str(out), "--resume"], stdout=log, stderr=log, env=environment)
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
 def finish(process: subprocess.Popen, out: pathlib.Path) -> None:
@@ -76,7 +78,8 @@ def main() -> None:
         start_up = time.monotonic() - began
         finish(process, whole)
         training = time.monotonic() - began - start_up
-        print(f"a run of {args.meta_steps} meta-steps: {start_up:.1f} s until the first, {training:.1f} s after it")
+        print(f"a run of {args.meta_steps} meta-steps: {start_up:.1f} s until the first, {training:.1f} s more",
+              flush=True)
 
         kills, while_writing, runs, unequal = 0, 0, 0, []
         moments = itertools.cycle(KINDS)

@@ -1,7 +1,5 @@
 """The meta-step on one and on many devices, checkpoints, and resuming."""
 
-import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -109,3 +107,12 @@ def test_resumed_run_equals_uninterrupted_one(tmp_path):
     refused = run("--out", str(parts), "--resume", "--sigma", "0.02", "--pairs", "8")
     assert refused.returncode == 2 and "--sigma is 0.02 but was 0.01" in refused.stderr, refused.stderr
     assert "--pairs is 8 but was 4" in refused.stderr and len(refused.stderr.splitlines()) == 1
+
+
+def test_pairs_that_do_not_divide_are_refused(tmp_path):
+    """Also in the environment that forces eight devices; the message names the nearest numbers that do."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run([sys.executable, str(ROOT / "meta_train.py"), "--pairs", "12", "--out", str(tmp_path / "run")],
+                          capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert done.stderr == ("meta_train.py: error: --pairs 12: does not divide over 8 devices; use 8 or 16\n")
