@@ -459,7 +459,8 @@ TEXT = "--dataset text --data-dir {data}/tinyshakespeare.txt"
 BOTH = "--baselines adamw muadam"
 EXPERIMENTS = {
     "width": f"--sweep width {THETA} {BOTH} {CIFAR} --tune both --tune-seeds 2 --seeds 4 --widths 32 128 512",
-    "width-2048": f"--sweep width {THETA} --baselines adamw {CIFAR} --steps 300 --seeds 2 --widths 32 2048",
+    "width-2048": f"--sweep width {THETA} --baselines adamw {CIFAR} --tune both --tune-seeds 1 --steps 300 --seeds 2 "
+                  "--widths 32 2048",
     "coordinate-check": f"--sweep coordinate-check {THETA} {BOTH} {CIFAR} --steps 100 --seeds 2 "
                         "--widths 32 64 128 256 512 1024",
     "vit": f"--sweep width --task vit --patch 2 {THETA} {BOTH} {CIFAR} --steps 300 --seeds 2 --widths 32 64 128",

@@ -299,8 +299,12 @@ def learned_optimizer(theta: dict[str, Array], *, step_mult: float, exp_mult: fl
 
 
 def default_chunk(networks: int = 1) -> int:
-    """Weights of each of so many networks, updated side by side, that go through the MLP at once."""
-    return max(1, CHUNK.get(jax.default_backend(), CHUNK_ACCELERATOR) // networks)
+    """Weights of each of so many networks, updated side by side, that go through the MLP at once.
+
+    At most half of CHUNK for one network: XLA splits longer matrix products over a CPU's threads, which costs more
+    than it gains.
+    """
+    return max(1, CHUNK.get(jax.default_backend(), CHUNK_ACCELERATOR) // max(networks, 2))
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -154,7 +154,8 @@ EVALUATE = [
     *[(f"--baselines adamw {flags}", culprit) for flags, culprit in [
         *BOTH, *each(("steps", "seeds", "tune-steps", "tune-seeds"), *NO_INTEGER, 0, -1, HUGE),
         *each(("sweep", "tune"), *NO_CHOICE)]],
-    *[(f"--baselines adamw --sweep depth --depths {value}", "--depths") for value in (*NO_INTEGER, 0, -1, HUGE, "3 3")],
+    *[(f"--baselines adamw --sweep depth --depths {value}", "--depths")
+      for value in (*NO_INTEGER, 0, -1, HUGE, "3 3")],
     *each(("baselines", "reproduce"), *NO_CHOICE),
     *[(f"--theta @/{name}", name) for name in ("absent.npz", "file", "full", "empty.npz", "text.txt")]]
 
