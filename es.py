@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.flatten_util import ravel_pytree
 
 from lopt import Array, Optimizer, Tree, apply_updates
 
@@ -78,15 +79,26 @@ def _keys(keys: Array, purpose: int, time: Array) -> Array:
 # The three steps of PES
 
 
+def one_by_one(function: Callable[[Tree], Tree], xs: Tree, zero: Array | int = 0) -> Tree:
+    """`lax.map`, but a loop also when there is one x alone: leaves [n, ...] → leaves [n, ...].
+
+    zero: a traced 0. XLA would unroll a loop whose single pass it knows of, and round otherwise in it than in a longer one.
+    """
+    n = jax.tree.leaves(xs)[0].shape[0]
+    at = lambda i: jax.tree.map(lambda x: x[i], xs)
+    start = jax.tree.map(lambda y: jnp.zeros((n, *y.shape), y.dtype), jax.eval_shape(function, at(0)))
+    write = lambda i, ys: jax.tree.map(lambda y, new: y.at[i].set(new), ys, function(at(i)))
+    return lax.fori_loop(0, n + zero, write, start)
+
+
 def perturb(keys: Array, theta: Tree, std: float, meta_step: Array) -> Tree:
-    """Fresh ε_j ~ N(0, σ² I) for every pair and truncation: leaves of θ [N, ...]."""
-    leaves, treedef = jax.tree.flatten(theta)
+    """Fresh ε_j ~ N(0, σ² I) for every pair and truncation: leaves of θ [N, ...].
 
-    def draw(key):
-        return treedef.unflatten([std * jax.random.normal(k, x.shape)
-                                  for k, x in zip(jax.random.split(key, len(leaves)), leaves)])
-
-    return jax.vmap(draw)(_keys(keys, EPS, meta_step))
+    Drawn for one pair after the other: side by side, a draw's rounding would depend on how many they are.
+    """
+    flat, unravel = ravel_pytree(theta)  # one draw for all of θ compiles faster than one for each leaf
+    return one_by_one(lambda key: unravel(std * jax.random.normal(key, flat.shape)), _keys(keys, EPS, meta_step),
+                      jnp.minimum(meta_step, 0))
 
 
 def pes_gradient(pos_loss: Array, neg_loss: Array, counted: Array, after: Array, eps: Tree, accumulator: Tree,
@@ -139,13 +151,16 @@ def init_pairs(task: Any, optimizer: Callable[[Tree], Optimizer], theta: Tree, k
 
     The offsets keep the pairs from being reset in lockstep. keys: from `pair_keys`.
     """
-    pairs = keys.shape[0]
     time = jnp.int32(-1)  # before the first step, so that no later draw repeats these
-    both = jax.tree.map(lambda x: jnp.broadcast_to(x, (pairs, 2, *x.shape)), theta)
-    params, opt_state = _begin_runs(task, optimizer, both, keys, time)
-    step = jax.vmap(lambda k: jax.random.randint(k, (), 0, settings.truncation))(_keys(keys, OFFSET, time))
-    accumulator = jax.tree.map(lambda x: jnp.zeros((pairs, *x.shape), x.dtype), theta)
-    return Pairs(params, opt_state, accumulator, step, _draw_lengths(keys, settings, time))
+
+    def first_run(keys):  # (1,)
+        both = jax.tree.map(lambda x: jnp.broadcast_to(x, (1, 2, *x.shape)), theta)
+        params, opt_state = _begin_runs(task, optimizer, both, keys, time)
+        step = jax.vmap(lambda k: jax.random.randint(k, (), 0, settings.truncation))(_keys(keys, OFFSET, time))
+        accumulator = jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), theta)
+        return Pairs(params, opt_state, accumulator, step, _draw_lengths(keys, settings, time))
+
+    return jax.tree.map(lambda x: x[:, 0], lax.map(first_run, keys[:, None]))
 
 
 def unroll(task: Any, optimizer: Callable[[Tree], Optimizer], thetas: Tree, pairs: Pairs, keys: Array, split: Any,
@@ -196,8 +211,13 @@ def pairs_at_once(pairs: int) -> int:
 
 
 def estimate(task: Any, optimizer: Callable[[Tree], Optimizer], theta: Tree, pairs: Pairs, keys: Array, split: Any,
-             meta_step: Array, settings: Settings) -> tuple[Tree, Array, Pairs]:
-    """One truncation of every pair: (gradient of the meta-loss, mean counted loss, pairs after it)."""
+             meta_step: Array, settings: Settings, axis: str | None = None) -> tuple[Tree, Array, Pairs]:
+    """One truncation of every pair: (gradient of the meta-loss, mean counted loss, pairs after it).
+
+    axis: the mesh axis over whose devices the pairs are spread, if they are. Each pair's gradient is computed where
+    the pair is, and the mean is taken of all of them on every device in the same order, so that the number of
+    devices changes nothing: the smallest change would grow, since PES divides differences of losses by σ².
+    """
     eps = perturb(keys, theta, settings.std, meta_step)
     thetas = jax.tree.map(lambda x, e: jnp.stack([x + e, x - e], axis=1), theta, eps)  # (N, 2, ...)
 
@@ -207,11 +227,21 @@ def estimate(task: Any, optimizer: Callable[[Tree], Optimizer], theta: Tree, pai
 
     at_once = pairs_at_once(keys.shape[0])
     blocks = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), (thetas, pairs, keys))
-    pairs, losses = lax.map(unroll_block, blocks)
+    pairs, losses = one_by_one(unroll_block, blocks, jnp.minimum(meta_step, 0))
     pairs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pairs)
     losses = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(settings.truncation, -1), losses)  # (T, N)
-    gradient, accumulator = pes_gradient(*losses, eps, pairs.accumulator, settings.std)
-    return gradient, mean_loss(losses), pairs._replace(accumulator=accumulator)
+
+    def of_pair(losses, eps, accumulator):
+        losses, (eps, accumulator) = jax.tree.map(lambda x: x[:, None], losses), one((eps, accumulator))  # (T, 1), (1, …)
+        gradient, accumulator = pes_gradient(*losses, eps, accumulator, settings.std)
+        return gradient, mean_loss(losses), jax.tree.map(lambda x: x[0], accumulator)
+
+    one = lambda tree: jax.tree.map(lambda x: x[None], tree)
+    gradients, mean_losses, accumulator = jax.vmap(of_pair, (1, 0, 0))(losses, eps, pairs.accumulator)
+    if axis is not None:
+        gradients, mean_losses = lax.all_gather((gradients, mean_losses), axis, tiled=True)
+    gradient, loss = jax.tree.map(lambda x: jnp.mean(x, axis=0), (gradients, mean_losses))
+    return gradient, loss, pairs._replace(accumulator=accumulator)
 
 
 def mean_loss(losses: Losses) -> Array:

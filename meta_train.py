@@ -179,7 +179,7 @@ def learning_rate_schedule(settings: Settings) -> Callable[[Array], Array]:
 def make_functions(settings: Settings, inner_tasks: Sequence[tasks.Task], mesh: Mesh) -> tuple[Callable, Callable]:
     """(init() → MetaState, meta_step(state, split) → (state, metrics)), both jitted over the devices of the mesh.
 
-    Each device holds and unrolls its share of every task's pairs; only the mean gradient travels between them.
+    Each device holds and unrolls its share of every task's pairs; only the pairs' gradients travel between them.
     """
     pes = pes_settings(settings)
     devices = mesh.devices.size
@@ -210,11 +210,10 @@ def make_functions(settings: Settings, inner_tasks: Sequence[tasks.Task], mesh: 
                        out_specs=(everywhere, everywhere, by_pair))
     def estimate(theta, pairs, split, meta_step):
         gradients, losses, pairs = zip(*[
-            es.estimate(task, optimizer(task), theta, pairs[i], keys_here(i), split, meta_step, pes)
+            es.estimate(task, optimizer(task), theta, pairs[i], keys_here(i), split, meta_step, pes, axis="pairs")
             for i, task in enumerate(inner_tasks)])
         mean = lambda *trees: sum(trees) / len(trees)
-        gradient, loss = jax.tree.map(mean, *gradients), mean(*losses)
-        return jax.lax.pmean(gradient, "pairs"), jax.lax.pmean(loss, "pairs"), pairs
+        return jax.tree.map(mean, *gradients), mean(*losses), pairs
 
     def init() -> MetaState:
         theta = lopt.init_theta(theta_key)
@@ -287,6 +286,8 @@ class Out:
             raise ValueError(f"--out {self.folder}: cannot be written ({error.strerror})") from None
         for part in self.folder.glob(f".*-{self.process}-of-*.part"):  # of a process that was killed while writing
             part.unlink(missing_ok=True)
+        if self.processes > 1:  # none writes before all have seen what is there
+            multihost_utils.sync_global_devices("out")
 
     def _path(self, step: int) -> pathlib.Path:
         return self.folder / f"checkpoint-{step:08d}-{self.process}-of-{self.processes}.npz"

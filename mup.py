@@ -85,24 +85,42 @@ def norm(width: int) -> dict[str, Weight]:
     return {"gain": Weight("vector", (width,), constant=1.0), "shift": Weight("vector", (width,), constant=0.0)}
 
 
-def init_weight(weight: Weight, key: Array, parametrization: Parametrization) -> Array:
-    """Draws one float32 tensor as the table in this module's docstring says (PAPER: μP init, SP init)."""
+def distribution(weight: Weight, parametrization: Parametrization) -> tuple[str, float]:
+    """How a tensor is drawn, as the table in this module's docstring says (μP init, SP init).
+
+    ("truncated", σ): N(0, σ²) cut at ±2σ; ("normal", σ): N(0, σ²); ("constant", its value).
+    """
     if weight.constant is not None:
-        return jnp.full(weight.shape, weight.constant, jnp.float32)
+        return "constant", weight.constant
     if weight.std is not None:
-        return weight.std * jax.random.normal(key, weight.shape)
+        return "normal", weight.std
     if weight.kind == "vector":  # a bias: an input weight of fan_in 1
-        return jax.random.normal(key, weight.shape) if parametrization.is_mup else jnp.zeros(weight.shape)
+        return ("normal", 1.0) if parametrization.is_mup else ("constant", 0.0)
     if weight.kind == "output" and parametrization.is_mup:
-        return jnp.zeros(weight.shape)
-    return jax.random.truncated_normal(key, -2.0, 2.0, weight.shape) / math.sqrt(weight.fan_in)
+        return "constant", 0.0
+    return "truncated", 1.0 / math.sqrt(weight.fan_in)
 
 
 def init(weights: Tree, key: Array, parametrization: Parametrization) -> Tree:
-    """Draws all of a network's weights: a tree of `Weight`s → the same tree of float32 arrays."""
+    """Draws all of a network's weights: a tree of `Weight`s → the same tree of float32 arrays.
+
+    All tensors of one distribution are cut from one draw, which compiles several times faster than one for each.
+    """
     declared, treedef = jax.tree.flatten(weights)
-    keys = jax.random.split(key, len(declared))
-    return treedef.unflatten([init_weight(w, k, parametrization) for w, k in zip(declared, keys)])
+    drawn = [distribution(weight, parametrization) for weight in declared]
+    sizes = {name: sum(math.prod(w.shape) for w, (n, _) in zip(declared, drawn) if n == name)
+             for name in ("truncated", "normal")}
+    keys = jax.random.split(key)
+    rest = {"truncated": jax.random.truncated_normal(keys[0], -2.0, 2.0, (sizes["truncated"],)),
+            "normal": jax.random.normal(keys[1], (sizes["normal"],))}
+    params = []
+    for weight, (name, scale) in zip(declared, drawn):
+        if name == "constant":
+            params.append(jnp.full(weight.shape, scale, jnp.float32))
+        else:
+            flat, rest[name] = jnp.split(rest[name], [math.prod(weight.shape)])
+            params.append(scale * flat.reshape(weight.shape))
+    return treedef.unflatten(params)
 
 
 def forward_multiplier(weight: Weight, parametrization: Parametrization) -> float | Array:

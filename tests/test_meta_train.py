@@ -1,4 +1,4 @@
-"""The meta-step on one and on many devices, checkpoints, and resuming."""
+"""The meta-step on one and on many devices, and a whole run of the command line."""
 
 import os
 import subprocess
@@ -15,9 +15,7 @@ import lopt
 import meta_train
 import tasks
 
-TINY = ["--widths", "8", "--depth", "2", "--batch-size", "8", "--pairs", "4", "--truncation", "5", "--min-length", "10",
-        "--max-length", "20", "--report-steps", "0", "--warmup-steps", "2"]
-SETTINGS = meta_train.Settings(widths=(8, 12), depth=2, batch_size=8, pairs=8, truncation=5, min_length=10,
+SETTINGS = meta_train.Settings(widths=(8, 12), depth=1, batch_size=8, pairs=8, truncation=5, min_length=10,
                                max_length=20, meta_steps=20, warmup_steps=2)
 
 
@@ -69,7 +67,7 @@ def test_many_devices_equal_one(dataset):
 def test_meta_training_reduces_the_meta_loss(tmp_path):
     """A small run end to end: θ and metrics are written, and the meta-loss falls below that of fresh networks."""
     done = run("--widths", "16", "--depth", "2", "--batch-size", "32", "--truncation", "20", "--min-length", "20",
-               "--max-length", "60", "--meta-steps", "80", "--learning-rate", "1e-2", "--warmup-steps", "10",
+               "--max-length", "60", "--meta-steps", "60", "--learning-rate", "1e-2", "--warmup-steps", "10",
                "--report-steps", "0", "--out", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     theta, metadata = lopt.load_theta(tmp_path / "run" / "theta.npz")
@@ -77,36 +75,9 @@ def test_meta_training_reduces_the_meta_loss(tmp_path):
     assert metadata["settings"]["widths"] == [16]
     header, *rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     assert header.split(",") == list(meta_train.COLUMNS)
-    assert [int(row.split(",")[0]) for row in rows] == list(range(1, 81))
+    assert [int(row.split(",")[0]) for row in rows] == list(range(1, 61))
     losses = [float(row.split(",")[1]) for row in rows]
     assert np.mean(losses[-10:]) < np.log(10) - 0.02  # measured: 2.255, from ln 10 = 2.303 of a fresh network
-
-
-def strip_seconds(path):
-    """The rows of metrics.csv without the wall time, which no two runs share."""
-    return [row.rsplit(",", 1)[0] for row in path.read_text().splitlines()]
-
-
-def test_resumed_run_equals_uninterrupted_one(tmp_path):
-    """Bit for bit: θ and all metrics but the wall time, also when the newest checkpoint is damaged."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run(*TINY, "--meta-steps", "12", "--checkpoint-every", "3", "--out", str(whole)).returncode == 0
-    assert run(*TINY, "--meta-steps", "12", "--checkpoint-every", "3", "--out", str(parts)).returncode == 0
-    checkpoints = sorted(parts.glob("checkpoint-*"))
-    assert len(checkpoints) == 2
-    content = bytearray(checkpoints[-1].read_bytes())
-    content[len(content) // 2] ^= 1
-    checkpoints[-1].write_bytes(content)
-    (parts / "theta.npz").unlink()
-    again = run("--out", str(parts), "--resume", "--report-steps", "0")
-    assert again.returncode == 0 and "checksum" in again.stderr, again.stderr
-    assert strip_seconds(parts / "metrics.csv") == strip_seconds(whole / "metrics.csv")
-    for name, value in np.load(whole / "theta.npz").items():
-        if name != "metadata":
-            np.testing.assert_array_equal(np.load(parts / "theta.npz")[name], value)
-    refused = run("--out", str(parts), "--resume", "--sigma", "0.02", "--pairs", "8")
-    assert refused.returncode == 2 and "--sigma is 0.02 but was 0.01" in refused.stderr, refused.stderr
-    assert "--pairs is 8 but was 4" in refused.stderr and len(refused.stderr.splitlines()) == 1
 
 
 def test_pairs_that_do_not_divide_are_refused(tmp_path):

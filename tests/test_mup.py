@@ -30,7 +30,7 @@ TRUNCATED = 0.8796  # standard deviation of a standard normal that is cut at ±2
 def test_initial_standard_deviations(kind, fan_in, in_mup, in_sp):
     weight = mup.Weight(kind, (64, 512) if kind != "vector" else (20_000,), fan_in)
     for parametrization, std in ((mup.MUP, in_mup), (mup.SP, in_sp)):
-        value = mup.init_weight(weight, KEY, parametrization)
+        value = mup.init([weight], KEY, parametrization)[0]
         assert value.shape == weight.shape and value.dtype == jnp.float32
         assert float(jnp.std(value)) == pytest.approx(std, rel=0.02) and abs(float(jnp.mean(value))) < 0.03
         if kind != "vector":  # cut at two standard deviations, and not rescaled for the cut
@@ -41,13 +41,13 @@ def test_initial_standard_deviations(kind, fan_in, in_mup, in_sp):
 
 @pytest.mark.parametrize("parametrization", [mup.MUP, mup.SP])
 def test_given_initialisations_depend_on_nothing(parametrization):
-    embedding = mup.init_weight(mup.Weight("input", (100, 200), 100, std=0.1), KEY, parametrization)
+    embedding = mup.init([mup.Weight("input", (100, 200), 100, std=0.1)], KEY, parametrization)[0]
     assert float(jnp.std(embedding)) == pytest.approx(0.1, rel=0.02)
     assert float(jnp.max(jnp.abs(embedding))) > 0.3, "must not be truncated"
     norm = mup.init(mup.norm(7), KEY, parametrization)
     np.testing.assert_array_equal(norm["gain"], np.ones(7))
     np.testing.assert_array_equal(norm["shift"], np.zeros(7))
-    assert not np.any(mup.init_weight(mup.Weight("input", (9,), constant=0.0), KEY, parametrization))
+    assert not np.any(mup.init([mup.Weight("input", (9,), constant=0.0)], KEY, parametrization)[0])
 
 
 TUNED = mup.Parametrization("mup", input_mult=3.0, output_mult=5.0, hidden_lr_mult=7.0)
