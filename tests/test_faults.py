@@ -454,7 +454,7 @@ def test_entries_that_are_not_finite_count_as_zero():
 
 @pytest.mark.parametrize("seed, bad", [(1, "all"), (2, "w0")])
 def test_meta_step_without_a_finite_gradient_changes_nothing(seed, bad, monkeypatch):
-    def estimate(task, optimizer, theta, pairs, *rest):
+    def estimate(task, optimizer, theta, pairs, *rest, axis):
         gradient = {name: jnp.full_like(x, jnp.nan if bad in ("all", name) else 1.0) for name, x in theta.items()}
         return gradient, jnp.float32(1.0), pairs
 
