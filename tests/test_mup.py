@@ -260,4 +260,5 @@ def test_coordinate_check_of_the_learned_optimizers(dataset, name, parametrizati
     """Widths 32 to 512 after 1, 10 and 100 steps: the meta-trained μLO passes, the SP LO must not."""
     of_theta, optimizer_of = load(name)
     assert of_theta == parametrization, f"results/{name} was meta-trained in {of_theta.name}"
-    assert passes(coordinate_check(dataset, parametrization, optimizer_of, WIDTHS, MARKS)) == stable
+    marks = MARKS if stable else MARKS[:2]  # it fails after one step
+    assert passes(coordinate_check(dataset, parametrization, optimizer_of, WIDTHS, marks)) == stable
