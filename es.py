@@ -85,9 +85,10 @@ def one_by_one(function: Callable[[Tree], Tree], xs: Tree, zero: Array | int = 0
     zero: a traced 0. XLA would unroll a loop whose single pass it knows of, and round otherwise in it than in a longer one.
     """
     n = jax.tree.leaves(xs)[0].shape[0]
-    at = lambda i: jax.tree.map(lambda x: x[i], xs)
+    at = lambda i: jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 0, False, allow_negative_indices=False), xs)
     start = jax.tree.map(lambda y: jnp.zeros((n, *y.shape), y.dtype), jax.eval_shape(function, at(0)))
-    write = lambda i, ys: jax.tree.map(lambda y, new: y.at[i].set(new), ys, function(at(i)))
+    write = lambda i, ys: jax.tree.map(lambda y, new: lax.dynamic_update_index_in_dim(
+        y, new, i, 0, allow_negative_indices=False), ys, function(at(i)))  # y.at[i].set(new) would check that i is in range
     return lax.fori_loop(0, n + zero, write, start)
 
 
@@ -97,8 +98,9 @@ def perturb(keys: Array, theta: Tree, std: float, meta_step: Array) -> Tree:
     Drawn for one pair after the other: side by side, a draw's rounding would depend on how many they are.
     """
     flat, unravel = ravel_pytree(theta)  # one draw for all of θ compiles faster than one for each leaf
-    return one_by_one(lambda key: unravel(std * jax.random.normal(key, flat.shape)), _keys(keys, EPS, meta_step),
-                      jnp.minimum(meta_step, 0))
+    eps = one_by_one(lambda key: std * jax.random.normal(key, flat.shape), _keys(keys, EPS, meta_step),
+                     jnp.minimum(meta_step, 0))
+    return jax.vmap(unravel)(eps)
 
 
 def pes_gradient(pos_loss: Array, neg_loss: Array, counted: Array, after: Array, eps: Tree, accumulator: Tree,

@@ -22,6 +22,7 @@ together. A tensor with fewer axes is seen as [n] and is not factored.
 import hashlib
 import io
 import json
+import math
 import os
 import pathlib
 import struct
@@ -98,6 +99,13 @@ def init_theta(key: Array) -> dict[str, Array]:
     keys = dict(zip(("w0", "w1", "w2"), jax.random.split(key, 3)))
     return {name: jax.random.truncated_normal(keys[name], -2.0, 2.0, shape) / np.sqrt(shape[0])
             if name in keys else jnp.zeros(shape) for name, shape in THETA_SHAPES.items()}
+
+
+def theta_from_vector(vector: Array) -> dict[str, Array]:
+    """θ from the vector [P] of all its numbers, its arrays one after the other in the order of their names."""
+    names = sorted(THETA_SHAPES)
+    parts = jnp.split(vector, np.cumsum([math.prod(THETA_SHAPES[name]) for name in names])[:-1])
+    return {name: part.reshape(THETA_SHAPES[name]) for name, part in zip(names, parts)}
 
 
 def decays(betas: tuple[float, ...], offset: Array) -> Array:
@@ -227,7 +235,7 @@ def _update_factored(theta, averages: Averages, g, p, from_step, step_mult, exp_
     chunks = -(-rows // rows_at_once)
 
     def features(start):  # (16, O, a, B)
-        cut = lambda x: lax.dynamic_slice_in_dim(x, start, rows_at_once, axis=-2)
+        cut = lambda x: lax.dynamic_slice_in_dim(x, start, rows_at_once, -2, allow_negative_indices=False)
         scale = cut(along_a) * along_b
         return _per_weight_features(cut(g), cut(p), cut(averages.m), cut(averages.v), scale, scale), cut
 
@@ -258,7 +266,7 @@ def _update_factored(theta, averages: Averages, g, p, from_step, step_mult, exp_
         x, cut = features(start_of(i))
         hidden = (w0 @ x.reshape(len(x), -1)).reshape(HIDDEN, *x.shape[1:]) + from_b + cut(from_a)  # (H, O, a, B)
         step = _mlp_tail(theta, hidden.reshape(HIDDEN, -1), step_mult, exp_mult).reshape(x.shape[1:])
-        return lax.dynamic_update_slice_in_dim(update, step, start_of(i), axis=-2)
+        return lax.dynamic_update_slice_in_dim(update, step, start_of(i), -2, allow_negative_indices=False)
 
     return lax.fori_loop(0, chunks, write_update, jnp.zeros_like(g))
 

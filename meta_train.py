@@ -43,6 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import es
@@ -152,9 +153,9 @@ def make_task(settings: Any, dataset: tasks.Dataset, width: int, depth: int,
 
 
 class MetaState(NamedTuple):
-    """theta: θ. adam: state of AdamW. pairs: one `es.Pairs` for each width, sharded over the devices.
-    meta_step: int32, meta-steps made."""
-    theta: dict[str, Array]
+    """theta: θ as one vector [P], as `lopt.theta_from_vector` reads it. adam: state of AdamW. pairs: one `es.Pairs`
+    for each width, sharded over the devices. meta_step: int32, meta-steps made."""
+    theta: Array
     adam: lopt.AdamState
     pairs: tuple[es.Pairs, ...]
     meta_step: Array
@@ -169,6 +170,11 @@ class Metrics(NamedTuple):
     nonfinite: Array
 
 
+def step_mult(settings: Settings) -> float:
+    """The scale of all updates: as given, or μLO's for the parametrization."""
+    return STEP_MULT[settings.parametrization] if settings.step_mult is None else settings.step_mult
+
+
 def learning_rate_schedule(settings: Settings) -> Callable[[Array], Array]:
     """μLO's: linear warm-up from 3e-10, then a cosine that ends at 98% of the meta-steps (4,900 of 5,000)."""
     warmup = min(settings.warmup_steps, settings.meta_steps)
@@ -180,12 +186,12 @@ def make_functions(settings: Settings, inner_tasks: Sequence[tasks.Task], mesh: 
     """(init() → MetaState, meta_step(state, split) → (state, metrics)), both jitted over the devices of the mesh.
 
     Each device holds and unrolls its share of every task's pairs; only the pairs' gradients travel between them.
+    θ is one vector here: with an operation for each of its nine arrays, XLA would take seconds longer to compile.
     """
     pes = pes_settings(settings)
     devices = mesh.devices.size
     share = settings.pairs // devices
     chunk = lopt.default_chunk(2 * es.pairs_at_once(share))
-    step_mult = STEP_MULT[settings.parametrization] if settings.step_mult is None else settings.step_mult
     schedule = learning_rate_schedule(settings)
     adam = lopt.adamw(schedule, weight_decay=settings.weight_decay)
     seed_key = jax.random.key(settings.seed)
@@ -194,8 +200,9 @@ def make_functions(settings: Settings, inner_tasks: Sequence[tasks.Task], mesh: 
     sharded = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
 
     def optimizer(task: tasks.Task) -> Callable[[Tree], lopt.Optimizer]:
-        return lambda theta: lopt.learned_optimizer(theta, step_mult=step_mult, exp_mult=settings.exp_mult,
-                                                    update_multipliers=task.update_multipliers, chunk=chunk)
+        return lambda theta: lopt.learned_optimizer(
+            lopt.theta_from_vector(theta), step_mult=step_mult(settings), exp_mult=settings.exp_mult,
+            update_multipliers=task.update_multipliers, chunk=chunk)
 
     def keys_here(task_index: int) -> Array:
         pairs = jax.lax.axis_index("pairs") * share + jnp.arange(share)
@@ -216,7 +223,7 @@ def make_functions(settings: Settings, inner_tasks: Sequence[tasks.Task], mesh: 
         return jax.tree.map(mean, *gradients), mean(*losses), pairs
 
     def init() -> MetaState:
-        theta = lopt.init_theta(theta_key)
+        theta, _ = ravel_pytree(lopt.init_theta(theta_key))
         return MetaState(theta, adam.init(theta), init_pairs(theta), jnp.zeros((), jnp.int32))
 
     def meta_step(state: MetaState, split: tasks.Split) -> tuple[MetaState, Metrics]:
@@ -224,9 +231,9 @@ def make_functions(settings: Settings, inner_tasks: Sequence[tasks.Task], mesh: 
         gradient, nonfinite = zero_nonfinite(gradient)
         updates, new_adam = adam.update(gradient, state.adam, state.theta)
         updates = lopt.clip_by_global_norm(updates, 1.0)
-        usable = nonfinite < lopt.tree_size(gradient)  # a wholly non-finite gradient changes nothing
+        usable = nonfinite < gradient.size  # a wholly non-finite gradient changes nothing
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(usable, n, o), new, old)
-        theta = keep(lopt.apply_updates(state.theta, updates), state.theta)
+        theta = keep(state.theta + updates, state.theta)
         metrics = Metrics(loss, lopt.global_norm(gradient), lopt.global_norm(updates), schedule(state.adam.step),
                           nonfinite)
         return MetaState(theta, keep(new_adam, state.adam), pairs, state.meta_step + 1), metrics
@@ -237,10 +244,10 @@ def make_functions(settings: Settings, inner_tasks: Sequence[tasks.Task], mesh: 
             jax.jit(meta_step, in_shardings=(shardings, copies), out_shardings=(shardings, copies), donate_argnums=0))
 
 
-def zero_nonfinite(tree: Tree) -> tuple[Tree, Array]:
-    """(the tree with 0 for every entry that is not finite, how many there were)."""
-    bad = sum(jnp.sum(~jnp.isfinite(x)) for x in jax.tree.leaves(tree))
-    return jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0.0), tree), bad
+def zero_nonfinite(x: Array) -> tuple[Array, Array]:
+    """(x with 0 for every entry that is not finite, how many there were)."""
+    finite = jnp.isfinite(x)
+    return jnp.where(finite, x, 0.0), jnp.sum(~finite)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -535,7 +542,7 @@ def train(settings: Settings, inner_tasks: Sequence[tasks.Task], dataset: tasks.
             give_up(first_line(error))
         finally:
             last_step[0] = None
-    return state.theta, stop
+    return lopt.theta_from_vector(state.theta), stop
 
 
 def signal_anywhere(received: Sequence[int], processes: int) -> int:
@@ -739,9 +746,8 @@ def run(argv: Sequence[str] | None) -> int:
         print(f"stopped; go on with: python meta_train.py --out {folder} --resume", file=sys.stderr)
         return 128 + stopped
     if out.process == 0:
-        metadata = {"step_mult": STEP_MULT[settings.parametrization] if settings.step_mult is None else settings.step_mult,
-                    "exp_mult": settings.exp_mult, "parametrization": settings.parametrization,
-                    "settings": dataclasses.asdict(settings)}
+        metadata = {"step_mult": step_mult(settings), "exp_mult": settings.exp_mult,
+                    "parametrization": settings.parametrization, "settings": dataclasses.asdict(settings)}
         lopt.save_theta(out.folder / "theta.npz", jax.device_get(theta), **metadata)
         print(f"wrote {out.folder / 'theta.npz'} after {(time.monotonic() - began) / 60:.1f} minutes")
         if args.report_steps:

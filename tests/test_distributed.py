@@ -15,6 +15,15 @@ TINY = ["--widths", "8", "--depth", "1", "--batch-size", "8", "--pairs", "4", "-
         "--max-length", "40", "--report-steps", "0", "--warmup-steps", "2", "--checkpoint-every", "5"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Lets a process load what another has compiled already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
 def start(out, processes, *args):
     """Starts meta_train.py as so many processes with four devices in all."""
     with socket.socket() as free:

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -251,6 +252,14 @@ def test_init_theta():
             assert float(jnp.max(jnp.abs(x))) <= 2 / np.sqrt(len(x))
         else:
             assert not np.any(x), name
+
+
+def test_theta_is_one_vector_and_back():
+    theta = some_theta()
+    vector, _ = jax.flatten_util.ravel_pytree(theta)
+    back = lopt.theta_from_vector(vector)
+    assert {name: x.shape for name, x in back.items()} == lopt.THETA_SHAPES
+    jax.tree.map(np.testing.assert_array_equal, back, theta)
 
 
 def test_fresh_decays_are_the_usual_ones():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 import lopt
 import mup
@@ -141,6 +142,13 @@ def dataset():
     return tasks.load_dataset("synthetic")
 
 
+def on_two_devices(run, *xs):
+    """run(*x) for each x along the first axis, half of them on each of two devices: twice as fast on two cores."""
+    mesh, halves = Mesh(np.array(jax.devices()[:2]), ("xs",)), PartitionSpec("xs")
+    mapped = lambda *xs: jax.lax.map(lambda x: run(*x), xs)
+    return jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=halves, out_specs=halves, check_vma=False))(*xs)
+
+
 def slopes(widths, changes):
     """Least-squares slopes of ln changes [widths, ...] against ln width."""
     x = np.log(widths) - np.mean(np.log(widths))
@@ -173,7 +181,7 @@ def coordinate_check(dataset, parametrization, optimizer_of, widths, marks, seed
             bounds = jnp.asarray((0, *marks[:-1])), jnp.asarray(marks)
             return jax.lax.scan(to_mark, (params, optimizer.init(params)), bounds)[1]
 
-        squares = jax.jit(lambda keys, run=run: jax.lax.map(run, keys))(jax.random.split(KEY, seeds))
+        squares = on_two_devices(run, jax.random.split(KEY, seeds))
         measured.append({name: np.sqrt(np.mean(x, axis=0)) for name, x in squares.items()})
     return {name: np.stack([m[name] for m in measured]) for name in measured[0]}
 
@@ -206,8 +214,7 @@ def test_transfer_of_the_best_learning_rate(dataset, name):
     for width in (32, 512):
         task = tasks.make_task("mlp", dataset, width, 3, 64, parametrization)
 
-        def run(rate_and_key, task=task):
-            rate, key = rate_and_key
+        def run(rate, key, task=task):
             optimizer = lopt.adamw(rate, update_multipliers=task.update_multipliers)
             params = task.init(key)
 
@@ -222,7 +229,7 @@ def test_transfer_of_the_best_learning_rate(dataset, name):
 
         rates = jnp.repeat(jnp.asarray(RATES[name]), seeds)
         keys = jnp.tile(jax.random.split(KEY, seeds), len(RATES[name]))
-        losses = jax.jit(lambda *x, run=run: jax.lax.map(run, x))(rates, keys)
+        losses = on_two_devices(run, rates, keys)
         losses = np.mean(np.reshape(losses, (-1, seeds)), axis=1)
         best[width] = int(np.nanargmin(losses))
         print(f"{name}, width {width}:", ", ".join(f"{rate:.2g}: {x:.3f}" for rate, x in zip(RATES[name], losses)))
