@@ -100,8 +100,9 @@ def load_contenders(paths: Sequence[str], baselines: Sequence[str]) -> list[Cont
     for path, stem in zip(paths, stems):
         theta, metadata = lopt.load_theta(path)
         name = stem if stems.count(stem) == 1 else path.removesuffix(".npz")
-        contenders.append(Contender(name, metadata["parametrization"], theta, metadata["step_mult"],
-                                    metadata["exp_mult"]))
+        parametrization, *multipliers = mup.parametrization_of(metadata)
+        contenders.append(Contender(name, parametrization, theta, metadata["step_mult"], metadata["exp_mult"],
+                                    Hyper(0.0, *multipliers)))
     return contenders + [BASELINES[name] for name in baselines]
 
 

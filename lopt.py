@@ -458,7 +458,8 @@ MAX_THETA_BYTES = 1 << 20
 def save_theta(path: str | os.PathLike, theta: dict[str, Array], **metadata: Any) -> None:
     """Writes θ as an .npz: its arrays, and the metadata (whatever JSON can hold) under the name `metadata`.
 
-    metadata should say step_mult, exp_mult, parametrization, and how θ was meta-trained.
+    metadata should say step_mult, exp_mult, the parametrization with its multipliers (`mup.Parametrization`; 1 if not
+    said), and how θ was meta-trained.
     """
     arrays = {name: np.asarray(theta[name], np.float32) for name in THETA_SHAPES}
     write_npz(path, {**arrays, "metadata": np.frombuffer(json.dumps(metadata).encode(), np.uint8)})
@@ -471,11 +472,12 @@ def load_theta(path: str | os.PathLike) -> tuple[dict[str, Array], dict[str, Any
         raise ValueError(f"{path}: is no θ of small_fc_lopt: it has no array {missing[0]!r}")
     try:
         metadata = json.loads(arrays.pop("metadata").tobytes())
-        step_mult, exp_mult = float(metadata["step_mult"]), float(metadata["exp_mult"])
+        multipliers = [float(metadata["step_mult"]), float(metadata["exp_mult"]),
+                       *[float(metadata.get(name, 1.0)) for name in ("input_mult", "output_mult", "hidden_lr_mult")]]
         known = metadata["parametrization"] in ("mup", "sp")
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: its metadata do not give step_mult, exp_mult and parametrization ({error})") from None
-    if not known or not np.isfinite([step_mult, exp_mult]).all():
+    if not known or not np.isfinite(multipliers).all():
         raise ValueError(f"{path}: its metadata have an unknown parametrization or a multiplier that is not finite")
     for name, shape in THETA_SHAPES.items():
         value = arrays[name]

@@ -61,6 +61,9 @@ class Settings:
     """Everything that decides the result of a run; each field is a flag of the command line."""
     task: str = "mlp"
     parametrization: str = "mup"
+    input_mult: float = 1.0
+    output_mult: float = 1.0
+    hidden_lr_mult: float = 1.0
     dataset: str = "synthetic"
     data_dir: str | None = None
     image_size: int | None = None
@@ -91,6 +94,7 @@ class Settings:
 PAPER = dict(dataset="imagenet32", batch_size=4096, meta_steps=5000)
 PRESETS = {"laptop": {}, "paper-s": PAPER | {"widths": (128,)}, "paper-m": PAPER | {"widths": (128, 512, 1024)}}
 STEP_MULT = {"mup": 0.01, "sp": 0.001}  # μLO divides a hidden weight's update by its fan_in, hence takes larger steps
+MULTIPLIERS = mup.Parametrization._fields[1:]
 MAY_CHANGE = ("meta_steps", "data_dir")  # on resuming; meta_steps upward only
 
 
@@ -111,7 +115,7 @@ def check(settings: Settings) -> None:
         need(getattr(settings, name) >= 1, name, "must be at least 1")
     for name in ("image_size", "vocab_size", "sequence_length", "heads", "patch"):
         need((getattr(settings, name) or 1) >= 1 and getattr(settings, name) != 0, name, "must be at least 1")
-    for name in ("sigma", "learning_rate", "final_learning_rate", "step_mult"):  # whose squares float32 holds
+    for name in ("sigma", "learning_rate", "final_learning_rate", "step_mult", *MULTIPLIERS):  # whose squares float32 holds
         value = getattr(settings, name)
         need(value is None or 1e-18 < value < 1e18, name, "must be a positive number, above 1e-18 and below 1e18")
     for name in ("exp_mult", "weight_decay"):
@@ -119,6 +123,8 @@ def check(settings: Settings) -> None:
     for name, value in dataclasses.asdict(settings).items():
         largest = max(value, default=0) if isinstance(value, tuple) else value
         need(name == "seed" or not isinstance(largest, int) or largest < 2**31, name, "is too large")
+    for name in MULTIPLIERS:
+        need(settings.parametrization == "mup" or getattr(settings, name) == 1, name, "SP has no multipliers")
     need(len(settings.widths) > 0 and min(settings.widths) >= 1, "widths", "must be at least 1")
     need(len(set(settings.widths)) == len(settings.widths), "widths", "a width is repeated")
     need(settings.truncation <= settings.min_length, "truncation",
@@ -168,6 +174,11 @@ class Metrics(NamedTuple):
     update_norm: Array
     learning_rate: Array
     nonfinite: Array
+
+
+def parametrization(settings: Settings) -> mup.Parametrization:
+    """That of the inner networks, with its multipliers."""
+    return mup.Parametrization(settings.parametrization, *[getattr(settings, name) for name in MULTIPLIERS])
 
 
 def step_mult(settings: Settings) -> float:
@@ -580,7 +591,7 @@ def report(settings: Settings, dataset: tasks.Dataset, theta: dict[str, Array], 
     lines = [f"training loss after {steps} steps of batch size {settings.batch_size} on {dataset.name}:",
              f"{'width':>8}{'θ':>10}{'AdamW 1e-3':>14}{'AdamW tuned':>14}"]
     for width in (settings.widths[0], 16 * settings.widths[0]):
-        task = make_task(settings, dataset, width, settings.depth, mup.Parametrization(settings.parametrization))
+        task = make_task(settings, dataset, width, settings.depth, parametrization(settings))
         learned = lopt.learned_optimizer(theta, step_mult=metadata["step_mult"], exp_mult=metadata["exp_mult"],
                                          update_multipliers=task.update_multipliers)
         mine = jax.jit(lambda split: tasks.train(task, learned, split, key, steps)[1])(dataset.train)
@@ -633,6 +644,9 @@ def make_parser() -> CommandLine:
                         help="settings to start from: laptop (default), or the paper's for one or three widths; flags "
                         "win over it")
     parser.add_argument("--parametrization", choices=("mup", "sp"), help="of the inner networks (default: mup)")
+    parser.add_argument("--input-mult", type=float, metavar="c", help="μP's multipliers (default: 1), of the first layer,")
+    parser.add_argument("--output-mult", type=float, metavar="c", help="of the logits,")
+    parser.add_argument("--hidden-lr-mult", type=float, metavar="c", help="and of the updates of hidden weights")
     add_task_flags(parser)
     flags = parser.add_argument_group("PES")
     flags.add_argument("--pairs", type=int, metavar="N", help="antithetic pairs of runs for each width (default: 8)")
@@ -728,8 +742,8 @@ def run(argv: Sequence[str] | None) -> int:
     dataset = load_data(settings, args.download)
     if start is not None and record["data"] != fingerprint(dataset):
         raise ValueError(f"cannot resume: the training data of {dataset.name} are not those of the run in {folder}")
-    parametrization = mup.Parametrization(settings.parametrization)
-    inner_tasks = [make_task(settings, dataset, width, settings.depth, parametrization) for width in settings.widths]
+    inner_tasks = [make_task(settings, dataset, width, settings.depth, parametrization(settings))
+                   for width in settings.widths]
     out = out or Out(folder, args.resume)  # everything else has been checked before the first file is written
     began = time.monotonic()
     if out.process == 0:
@@ -747,7 +761,8 @@ def run(argv: Sequence[str] | None) -> int:
         return 128 + stopped
     if out.process == 0:
         metadata = {"step_mult": step_mult(settings), "exp_mult": settings.exp_mult,
-                    "parametrization": settings.parametrization, "settings": dataclasses.asdict(settings)}
+                    "parametrization": settings.parametrization,
+                    **{name: getattr(settings, name) for name in MULTIPLIERS}, "settings": dataclasses.asdict(settings)}
         lopt.save_theta(out.folder / "theta.npz", jax.device_get(theta), **metadata)
         print(f"wrote {out.folder / 'theta.npz'} after {(time.monotonic() - began) / 60:.1f} minutes")
         if args.report_steps:

@@ -54,6 +54,12 @@ class Parametrization(NamedTuple):
 MUP, SP = Parametrization("mup"), Parametrization("sp")
 
 
+def parametrization_of(metadata: dict[str, Any]) -> Parametrization:
+    """The parametrization, with its multipliers, that θ was meta-trained in, from the metadata of its file."""
+    return Parametrization(metadata["parametrization"],
+                           *[metadata.get(name, 1.0) for name in Parametrization._fields[1:]])
+
+
 @dataclasses.dataclass(frozen=True)
 class Weight:
     """The declaration of one weight tensor: a leaf of a task's tree of weights.

@@ -100,7 +100,8 @@ def each(flags, *values):
 POSITIVE = ("widths", "depth", "batch-size", "image-size", "vocab-size", "sequence-length", "heads", "patch")
 META_POSITIVE = ("pairs", "truncation", "min-length", "meta-steps", "devices")
 META_COUNTS = ("warmup-steps", "report-steps", "process-id", "max-length", "processes")
-META_NUMBERS = ("sigma", "learning-rate", "final-learning-rate", "step-mult")
+META_NUMBERS = ("sigma", "learning-rate", "final-learning-rate", "step-mult", "input-mult", "output-mult",
+                "hidden-lr-mult")
 NO_CHOICE = ("no-such-thing", "", "MLP", "0")
 NO_INTEGER = ("x", "1.5", "nan", "")
 NO_NUMBER = ("x", "-1", "nan", "inf", "-inf", "1e39", "")
@@ -130,7 +131,7 @@ BOTH = [
     ("--out /proc/no-such-thing", "/proc/no-such-thing"), (f"--out {'n' * 300}", "nnn")]
 
 META = [
-    *BOTH,
+    *BOTH, ("--parametrization sp --output-mult 2", "SP has no multipliers"),
     *each(("parametrization", "preset"), *NO_CHOICE),
     *each(META_POSITIVE, *NO_INTEGER, 0, -1, HUGE), *each(META_COUNTS, *NO_INTEGER, -1),
     *each(("max-length", "warmup-steps"), HUGE),
@@ -302,6 +303,8 @@ BAD_THETA = {
     "no step_mult": (THETA, METADATA | {"step_mult": None}),
     "step_mult is no number": (THETA, METADATA | {"step_mult": "much"}),
     "step_mult is NaN": (THETA, METADATA | {"step_mult": float("nan")}),
+    "output_mult is infinite": (THETA, METADATA | {"output_mult": float("inf")}),
+    "hidden_lr_mult is a list": (THETA, METADATA | {"hidden_lr_mult": [1]}),
     "unknown parametrization": (THETA, METADATA | {"parametrization": "ntk"}),
     "parametrization is a list": (THETA, METADATA | {"parametrization": ["mup"]})}
 

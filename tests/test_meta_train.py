@@ -69,11 +69,12 @@ def test_meta_training_reduces_the_meta_loss(tmp_path):
     """A small run end to end: θ and metrics are written, and the meta-loss falls below that of fresh networks."""
     done = run("--widths", "16", "--depth", "2", "--batch-size", "32", "--truncation", "20", "--min-length", "20",
                "--max-length", "60", "--meta-steps", "60", "--learning-rate", "1e-2", "--warmup-steps", "10",
-               "--report-steps", "0", "--out", str(tmp_path / "run"))
+               "--report-steps", "0", "--hidden-lr-mult", "2", "--out", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     theta, metadata = lopt.load_theta(tmp_path / "run" / "theta.npz")
     assert metadata["parametrization"] == "mup" and metadata["step_mult"] == 0.01
     assert metadata["settings"]["widths"] == [16]
+    assert meta_train.mup.parametrization_of(metadata) == meta_train.mup.Parametrization("mup", hidden_lr_mult=2.0)
     header, *rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     assert header.split(",") == list(meta_train.COLUMNS)
     assert [int(row.split(",")[0]) for row in rows] == list(range(1, 61))
