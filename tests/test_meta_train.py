@@ -69,7 +69,8 @@ def test_meta_training_reduces_the_meta_loss(tmp_path):
     """A small run end to end: θ and metrics are written, and the meta-loss falls below that of fresh networks."""
     done = run("--widths", "16", "--depth", "2", "--batch-size", "32", "--truncation", "20", "--min-length", "20",
                "--max-length", "60", "--meta-steps", "60", "--learning-rate", "1e-2", "--warmup-steps", "10",
-               "--report-steps", "0", "--hidden-lr-mult", "2", "--out", str(tmp_path / "run"))
+               "--report-steps", "0", "--output-mult", "1", "--hidden-lr-mult", "2", "--step-mult", "0.01",
+               "--out", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     theta, metadata = lopt.load_theta(tmp_path / "run" / "theta.npz")
     assert metadata["parametrization"] == "mup" and metadata["step_mult"] == 0.01
@@ -80,6 +81,18 @@ def test_meta_training_reduces_the_meta_loss(tmp_path):
     assert [int(row.split(",")[0]) for row in rows] == list(range(1, 61))
     losses = [float(row.split(",")[1]) for row in rows]
     assert np.mean(losses[-10:]) < np.log(10) - 0.02  # measured: 2.255, from ln 10 = 2.303 of a fresh network
+
+
+@pytest.mark.parametrize("preset, parametrization, expected", [
+    ("laptop", "mup", (1.0, 16.0, 16.0, 0.003)), ("laptop", "sp", (1.0, 1.0, 1.0, 0.001)),
+    ("paper-s", "mup", (1.0, 1.0, 1.0, 0.01)), ("paper-m", "sp", (1.0, 1.0, 1.0, 0.001))])
+def test_multipliers_of_the_presets(preset, parametrization, expected):
+    """The paper's multipliers are 1 and its step_mult 0.01; SP knows neither, and has its own step_mult."""
+    settings = meta_train.Settings(**meta_train.preset_settings(preset, parametrization) |
+                                   {"parametrization": parametrization})
+    meta_train.check(settings)
+    name, *multipliers = meta_train.parametrization(settings)
+    assert (name, *multipliers, meta_train.step_mult(settings)) == (parametrization, *expected)
 
 
 def test_pairs_that_do_not_divide_are_refused(tmp_path):
