@@ -26,7 +26,6 @@ import numpy as np
 
 import lopt
 import meta_train
-import mup
 import tasks
 
 TINY = dict(widths=(32,), image_size=8, batch_size=64)
@@ -77,7 +76,7 @@ def meta_step_time(settings: meta_train.Settings, repeats: int) -> dict[str, flo
     """Compiles and times the meta-step of one setting."""
     dataset = noise(settings.image_size or 8)
     mesh = meta_train.make_mesh(settings.pairs, None)
-    inner = [meta_train.make_task(settings, dataset, width, settings.depth, mup.Parametrization(settings.parametrization))
+    inner = [meta_train.make_task(settings, dataset, width, settings.depth, meta_train.parametrization(settings))
              for width in settings.widths]
     init, meta_step = meta_train.make_functions(settings, inner, mesh)
     state, split = init(), meta_train.replicate(dataset.train, mesh)
@@ -121,10 +120,11 @@ def show_header() -> None:
 def show_scaling(base: meta_train.Settings, repeats: int) -> None:
     """Prints the time of a meta-step against pairs and weights, and the slopes of its log against theirs."""
     def fit(name: str, xs: list[float], variants: list[meta_train.Settings]) -> None:
-        times = [meta_step_time(settings, repeats)["seconds"] for settings in variants]
-        slope = np.polyfit(np.log(xs), np.log(times), 1)[0]
-        print(f"time against {name}: " + ", ".join(f"{x:,.0f}: {t:.3f} s" for x, t in zip(xs, times)) +
-              f"; slope of the log-log fit {slope:.2f}", flush=True)
+        results = [meta_step_time(settings, repeats) for settings in variants]
+        slope = np.polyfit(np.log(xs), np.log([result["seconds"] for result in results]), 1)[0]
+        print(f"against {name} (time, bytes per weight and run): " + ", ".join(
+            f"{x:,.0f}: {result['seconds']:.3f} s, {result['bytes_per_weight']:.0f}" for x, result in zip(xs, results)) +
+              f"; slope of the log-log fit of the time {slope:.2f}", flush=True)
 
     counts = [2, 4, 8, 16, 32]
     fit("pairs", counts, [dataclasses.replace(base, pairs=n) for n in counts])
@@ -145,12 +145,12 @@ def show_update(repeats: int) -> None:
             state = optimizer.init(params)
             program = jax.jit(optimizer.update, donate_argnums=1).lower(grads, state, params).compile()
             memory = program.memory_analysis()
-            updates, state = program(grads, state, params)
-            start = time.perf_counter()
-            for _ in range(repeats):
-                updates, state = program(grads, state, params)
-            jax.block_until_ready(updates)
-            seconds = (time.perf_counter() - start) / repeats
+            times = []
+            for _ in range(repeats + 1):  # the first is not counted
+                start = time.perf_counter()
+                updates, state = jax.block_until_ready(program(grads, state, params))
+                times.append(time.perf_counter() - start)
+            seconds = float(np.median(times[1:]))
             print(f"{name:>8} update of {lopt.tree_size(params):>12,} weights: {seconds * 1e3:9.3f} ms, "
                   f"{seconds / lopt.tree_size(params) * 1e9:6.1f} ns per weight, "
                   f"{(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes) / 1e9:.3f} "

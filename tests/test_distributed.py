@@ -75,7 +75,7 @@ def test_two_processes_equal_one(together, tmp_path):
 def test_a_killed_process_ends_the_other_and_both_resume(together, tmp_path):
     """The survivor ends soon with a line that says why; started again, both go on as if they had never stopped."""
     out = tmp_path / "run"
-    flags = [*TINY, "--meta-steps", "20", "--stall-seconds", "8"]
+    flags = [*TINY, "--meta-steps", "20", "--stall-seconds", "5"]
     processes = start(out, 2, *flags)
     deadline = time.monotonic() + 150
     while not (out / "checkpoint-00000005-1-of-2.npz").exists():

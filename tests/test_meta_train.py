@@ -1,6 +1,5 @@
 """The meta-step on one and on many devices, and a whole run of the command line."""
 
-import concurrent.futures
 import os
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, side_by_side
 from jax.sharding import Mesh
 
 import lopt
@@ -56,8 +55,7 @@ def relative(a, b):
 
 def test_many_devices_equal_one(dataset):
     """The meta-gradient and 20 meta-steps of θ, on 8 devices and on 1. 1e-5: only sums are in another order."""
-    with concurrent.futures.ThreadPoolExecutor() as threads:  # each compiles on a core of its own
-        (one, rows_one, _), (eight, rows_eight, state) = threads.map(lambda n: meta_train_on(n, dataset), (1, 8))
+    (one, rows_one, _), (eight, rows_eight, state) = side_by_side(lambda n: meta_train_on(n, dataset), (1, 8))
     assert len(state.pairs[0].step.sharding.device_set) == 8
     assert relative(eight, one) < 1e-5
     for a, b in zip(rows_eight, rows_one):
@@ -67,7 +65,7 @@ def test_many_devices_equal_one(dataset):
 
 def test_meta_training_reduces_the_meta_loss(tmp_path):
     """A small run end to end: θ and metrics are written, and the meta-loss falls below that of fresh networks."""
-    done = run("--widths", "16", "--depth", "2", "--batch-size", "32", "--truncation", "20", "--min-length", "20",
+    done = run("--widths", "16", "--depth", "1", "--batch-size", "32", "--truncation", "20", "--min-length", "20",
                "--max-length", "60", "--meta-steps", "60", "--learning-rate", "1e-2", "--warmup-steps", "10",
                "--report-steps", "0", "--output-mult", "1", "--hidden-lr-mult", "2", "--step-mult", "0.01",
                "--out", str(tmp_path / "run"))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import side_by_side
 from jax.test_util import check_grads
 
 import lopt
@@ -359,8 +360,8 @@ def changes(kind: str, width: int, heads: int | None, parametrization: mup.Param
 
 def slopes(kind: str, heads: int | None, parametrization: mup.Parametrization, seeds: int) -> dict[str, float]:
     """The slope of log RMS change against log width; the narrow network, whose heads are few, gets more seeds."""
-    narrow, wide = (changes(kind, w, heads, parametrization, seeds * (WIDTHS[-1] // w if heads is None else 1))
-                    for w in WIDTHS)
+    narrow, wide = side_by_side(lambda w: changes(
+        kind, w, heads, parametrization, seeds * (WIDTHS[-1] // w if heads is None else 1)), WIDTHS)
     return {name: math.log(wide[name] / narrow[name]) / math.log(WIDTHS[-1] / WIDTHS[0]) for name in narrow}
 
 
