@@ -85,10 +85,11 @@ def one_by_one(function: Callable[[Tree], Tree], xs: Tree, zero: Array | int = 0
     zero: a traced 0. XLA would unroll a loop whose single pass it knows of, and round otherwise in it than in a longer one.
     """
     n = jax.tree.leaves(xs)[0].shape[0]
+    # x[i] and y.at[i].set(new) would handle indices out of range, too, which takes long to compile.
     at = lambda i: jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 0, False, allow_negative_indices=False), xs)
     start = jax.tree.map(lambda y: jnp.zeros((n, *y.shape), y.dtype), jax.eval_shape(function, at(0)))
-    write = lambda i, ys: jax.tree.map(lambda y, new: lax.dynamic_update_index_in_dim(
-        y, new, i, 0, allow_negative_indices=False), ys, function(at(i)))  # y.at[i].set(new) would check that i is in range
+    put = lambda y, new, i: lax.dynamic_update_index_in_dim(y, new, i, 0, allow_negative_indices=False)
+    write = lambda i, ys: jax.tree.map(lambda y, new: put(y, new, i), ys, function(at(i)))
     return lax.fori_loop(0, n + zero, write, start)
 
 

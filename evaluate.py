@@ -454,7 +454,7 @@ SWEEPS = {"width": ((32, 128, 512), 1000, [0]), "depth": ((32,), 1000, [3, 6, 12
           "horizon": ((32,), 1000, [0]), "coordinate-check": ((32, 128, 512), 500, [0])}
 
 # name of the outputs: the flags that make them; {results} holds the shipped θ, {data} the data sets
-THETA = "--theta {results}/mulo_s.npz {results}/lo_s.npz"
+THETA = "--theta {results}/mulo_s.npz {results}/mulo_s_16.npz {results}/lo_s.npz"
 CIFAR = "--dataset cifar10 --data-dir {data} --image-size 8"
 TEXT = "--dataset text --data-dir {data}/tinyshakespeare.txt"
 BOTH = "--baselines adamw muadam"
@@ -539,12 +539,12 @@ def prepare(argv: Sequence[str] | None) -> Plan:
 def carry_out(plan: Plan) -> None:
     """Loads the data, trains, prints the table and writes the files."""
     args, settings, outputs = plan.args, plan.settings, dict(plan.outputs)
+    jax.config.update("jax_default_matmul_precision", settings.matmul_precision)
+    dataset = meta_train.load_data(settings, args.download)
     try:
         pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {args.out}: cannot be made a folder ({error.strerror})") from None
-    jax.config.update("jax_default_matmul_precision", settings.matmul_precision)
-    dataset = meta_train.load_data(settings, args.download)
     with np.errstate(all="ignore"):  # NumPy would warn of runs that diverge
         rows = measure(plan, dataset)
         if "check" in rows:

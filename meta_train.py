@@ -653,9 +653,11 @@ def make_parser() -> CommandLine:
                         help="settings to start from: laptop (default), or the paper's for one or three widths; flags "
                         "win over it")
     parser.add_argument("--parametrization", choices=("mup", "sp"), help="of the inner networks (default: mup)")
-    parser.add_argument("--input-mult", type=float, metavar="c", help="μP's multipliers, of the first layer (default: 1),")
+    parser.add_argument("--input-mult", type=float, metavar="c",
+                        help="μP's multipliers, of the first layer (default: 1),")
     parser.add_argument("--output-mult", type=float, metavar="c", help="of the logits (default: 16 (laptop), 1 (paper)),")
-    parser.add_argument("--hidden-lr-mult", type=float, metavar="c", help="and of the updates of hidden weights (default: 16 (laptop), 1 (paper))")
+    parser.add_argument("--hidden-lr-mult", type=float, metavar="c",
+                        help="and of the updates of hidden weights (default: 16 (laptop), 1 (paper))")
     add_task_flags(parser)
     flags = parser.add_argument_group("PES")
     flags.add_argument("--pairs", type=int, metavar="N", help="antithetic pairs of runs for each width (default: 8)")
