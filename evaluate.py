@@ -462,10 +462,11 @@ EXPERIMENTS = {
     "width": f"--sweep width {THETA} {BOTH} {CIFAR} --tune both --tune-seeds 2 --seeds 4 --widths 32 128 512",
     "width-2048": f"--sweep width {THETA} --baselines adamw {CIFAR} --tune both --tune-seeds 1 --steps 300 --seeds 2 "
                   "--widths 32 2048",
-    "coordinate-check": f"--sweep coordinate-check {THETA} {BOTH} {CIFAR} --steps 100 --seeds 2 "
+    "coordinate-check": f"--sweep coordinate-check {THETA} {CIFAR} --steps 100 --seeds 2 "
                         "--widths 32 64 128 256 512 1024",
     "vit": f"--sweep width --task vit --patch 2 {THETA} {BOTH} {CIFAR} --steps 300 --seeds 2 --widths 32 64 128",
-    "lm": f"--sweep width --task lm {THETA} {BOTH} {TEXT} --batch-size 16 --steps 300 --seeds 2 --widths 32 64 128"}
+    "lm": f"--sweep width --task lm {THETA} {BOTH} {TEXT} --batch-size 16 --steps 300 --seeds 2 --tune-seeds 1 "
+          "--widths 32 64 128"}
 QUICK = {"quick": f"--sweep width {THETA} --baselines adamw --widths 32 128 512 --steps 300 --seeds 2"}
 
 
