@@ -53,26 +53,26 @@ def theta(out):
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory):
-    """A run of 20 meta-steps by two processes, and what they said."""
-    out = tmp_path_factory.mktemp("together") / "run"
-    results = finish(start(out, 2, *TINY, "--meta-steps", "20"))
-    assert [code for code, _ in results] == [0, 0], results
-    return out
+def runs(tmp_path_factory):
+    """The folders of two runs of 20 meta-steps, one by two processes and one by one process."""
+    together, alone = (tmp_path_factory.mktemp("runs") / name for name in ("together", "alone"))
+    flags = [*TINY, "--meta-steps", "20"]
+    results = finish(start(together, 2, *flags) + start(alone, 1, *flags))
+    assert [code for code, _ in results] == [0, 0, 0], results
+    return together, alone
 
 
-def test_two_processes_equal_one(together, tmp_path):
+def test_two_processes_equal_one(runs):
     """1e-5 relative: only the sum over pairs is in another order. One writes metrics, both write checkpoints."""
-    [(code, errors)] = finish(start(tmp_path / "run", 1, *TINY, "--meta-steps", "20"))
-    assert code == 0, errors
-    difference = np.max(np.abs(theta(tmp_path / "run") - theta(together)))
+    together, alone = runs
+    difference = np.max(np.abs(theta(alone) - theta(together)))
     assert difference < 1e-5 * np.max(np.abs(theta(together)))
     assert len((together / "metrics.csv").read_text().splitlines()) == 21
     for i in range(2):
         assert (together / f"checkpoint-00000020-{i}-of-2.npz").is_file()
 
 
-def test_a_killed_process_ends_the_other_and_both_resume(together, tmp_path):
+def test_a_killed_process_ends_the_other_and_both_resume(runs, tmp_path):
     """The survivor ends soon with a line that says why; started again, both go on as if they had never stopped."""
     out = tmp_path / "run"
     flags = [*TINY, "--meta-steps", "20", "--stall-seconds", "5"]
@@ -88,5 +88,5 @@ def test_a_killed_process_ends_the_other_and_both_resume(together, tmp_path):
     assert code == 2 and "another process" in errors, errors[-2000:]
     results = finish(start(out, 2, *flags, "--resume"))
     assert [code for code, _ in results] == [0, 0], results
-    np.testing.assert_array_equal(theta(out), theta(together))
+    np.testing.assert_array_equal(theta(out), theta(runs[0]))
     assert len((out / "metrics.csv").read_text().splitlines()) == 21

@@ -63,8 +63,8 @@ def test_meta_adamw_meets_the_reference():
 # ---------------------------------------------------------------------------------------------------------
 # The learned optimizer against its definition
 
-SHAPES = {"tall": (9, 5), "wide": (4, 11), "one weight": (1, 1), "conv": (3, 3, 4, 8),
-          "conv, outputs first": (8, 4, 3, 3), "ties": (4, 4, 4), "vector": (7,), "scalar": ()}
+SHAPES = {"tall": (9, 5), "wide": (4, 11), "one weight": (1, 1), "conv, outputs first": (8, 4, 3, 3),
+          "ties": (4, 4, 4), "vector": (7,), "scalar": ()}
 
 
 def some_theta(seed=0):
