@@ -31,11 +31,15 @@ from lopt import Array, Optimizer, Tree, apply_updates
 
 
 class Settings(NamedTuple):
-    """std: σ of the perturbations. truncation: K. min_length, max_length: of inner runs, in steps."""
+    """std: σ of the perturbations. truncation: K. min_length, max_length: of inner runs, in steps.
+
+    max_offset: below which the step counters of the first runs begin; None: K.
+    """
     std: float = 0.01
     truncation: int = 50
     min_length: int = 100
     max_length: int = 1000
+    max_offset: int | None = None
 
 
 class Pairs(NamedTuple):
@@ -150,16 +154,18 @@ def _begin_runs(task: Any, optimizer: Callable[[Tree], Optimizer], thetas: Tree,
 
 def init_pairs(task: Any, optimizer: Callable[[Tree], Optimizer], theta: Tree, keys: Array,
                settings: Settings) -> Pairs:
-    """N pairs at the start of their first runs: ξ = 0, and step counters offset by U{0, …, K−1}.
+    """N pairs at the start of their first runs: ξ = 0, and step counters offset by U{0, …, max_offset−1}.
 
-    The offsets keep the pairs from being reset in lockstep. keys: from `pair_keys`.
+    The offsets keep the pairs from being reset in lockstep. Where all lengths are the same, that needs offsets up to
+    the length, or all pairs are in the same phase of training for ever. keys: from `pair_keys`.
     """
+    max_offset = settings.truncation if settings.max_offset is None else settings.max_offset
     time = jnp.int32(-1)  # before the first step, so that no later draw repeats these
 
     def first_run(keys):  # (1,)
         both = jax.tree.map(lambda x: jnp.broadcast_to(x, (1, 2, *x.shape)), theta)
         params, opt_state = _begin_runs(task, optimizer, both, keys, time)
-        step = jax.vmap(lambda k: jax.random.randint(k, (), 0, settings.truncation))(_keys(keys, OFFSET, time))
+        step = jax.vmap(lambda k: jax.random.randint(k, (), 0, max_offset))(_keys(keys, OFFSET, time))
         accumulator = jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), theta)
         return Pairs(params, opt_state, accumulator, step, _draw_lengths(keys, settings, time))
 

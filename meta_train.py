@@ -80,6 +80,7 @@ class Settings:
     sigma: float = 0.01
     min_length: int = 100
     max_length: int = 1000
+    max_offset: int | None = None
     meta_steps: int = 800
     learning_rate: float = 3e-3
     final_learning_rate: float = 1e-3
@@ -109,7 +110,8 @@ def preset_settings(preset: str, parametrization: str) -> dict[str, Any]:
 
 def pes_settings(settings: Settings) -> es.Settings:
     """The part of the settings that es.py needs."""
-    return es.Settings(settings.sigma, settings.truncation, settings.min_length, settings.max_length)
+    return es.Settings(settings.sigma, settings.truncation, settings.min_length, settings.max_length,
+                       settings.max_offset)
 
 
 def check(settings: Settings) -> None:
@@ -141,6 +143,8 @@ def check(settings: Settings) -> None:
     need(settings.min_length <= settings.max_length, "min_length",
          f"longer than the longest run, --max-length {settings.max_length}")
     need(settings.max_length < 2**30, "max_length", "is too long")
+    need(settings.max_offset is None or 1 <= settings.max_offset <= settings.min_length, "max_offset",
+         f"must be at least 1, and at most the shortest run, --min-length {settings.min_length}")
     need(settings.warmup_steps >= 0, "warmup_steps", "must not be negative")
     need(settings.meta_steps * settings.truncation < 2**31, "meta_steps", "too many inner steps to be counted")
     need(0 <= settings.seed < 2**32, "seed", "must be between 0 and 4294967295")
@@ -665,6 +669,9 @@ def make_parser() -> CommandLine:
     flags.add_argument("--sigma", type=float, metavar="σ", help="of the perturbations (default: 0.01)")
     flags.add_argument("--min-length", type=int, metavar="T", help="shortest inner run, in steps (default: 100)")
     flags.add_argument("--max-length", type=int, metavar="T", help="longest inner run, in steps (default: 1000)")
+    flags.add_argument("--max-offset", type=int, metavar="T",
+                       help="by which the first runs are shorter, at random (default: K); give the length where all "
+                       "have the same")
     flags = parser.add_argument_group("meta-optimizer and learned optimizer")
     flags.add_argument("--meta-steps", type=int, metavar="M", help="default: 800 (laptop), 5000 (paper)")
     flags.add_argument("--learning-rate", type=float, metavar="η", help="after the warm-up (default: 3e-3)")

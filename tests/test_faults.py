@@ -141,6 +141,7 @@ META = [
       for value in ("0", "-3", "x", "1.5", "0m", "nanm", "infm", "m", "", "10s")],
     ("--truncation 200", "--truncation 200: longer than the shortest run"),
     ("--min-length 3000", "--min-length 3000: longer than the longest run"),
+    *each(("max-offset",), *NO_INTEGER, 0, -1, 101, HUGE),
     ("--meta-steps 100000000", "--meta-steps 100000000"), ("--max-length 2000000000", "--max-length"),
     ("--devices 3", "--pairs 8: does not divide over 3 devices"),
     ("--devices 16", "--devices 16: there are only 8"),
