@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN_DIR
+from conftest import GOLDEN_DIR, side_by_side
 
 import es
 from lopt import Optimizer
@@ -112,7 +112,7 @@ def test_pes_is_unbiased_and_truncated_es_is_not(name):
                                                 persistent=persistent, skip=skip)[leaf], np.float64)
         return g.mean(), g.std() / np.sqrt(repeats)
 
-    (pes, pes_error), (truncated, truncated_error) = measure(True), measure(False)
+    (pes, pes_error), (truncated, truncated_error) = side_by_side(measure, (True, False))
     print(f"{name}: exact {truth:.4f}, PES {pes:.4f} ± {pes_error:.4f}, "
           f"truncated ES {truncated:.4f} ± {truncated_error:.4f}")
     assert pes_error < 0.03 * abs(truth)
@@ -126,8 +126,10 @@ def test_pes_is_unbiased_with_runs_of_random_lengths():
     theta, settings = {"log_lr": jnp.float32(-1.2)}, es.Settings(0.01, 5, 7, 40)
     arguments = (task, optimizer, theta, KEY, 2048, 40, settings)
     _, exact = es.exact_gradient(*arguments)
-    for persistent in (True, False):
-        g = np.asarray(es.independent_estimates(*arguments, persistent=persistent)["log_lr"], np.float64)
+    estimates = side_by_side(lambda persistent: es.independent_estimates(*arguments, persistent=persistent),
+                             (True, False))
+    for persistent, estimate in zip((True, False), estimates):
+        g = np.asarray(estimate["log_lr"], np.float64)
         error, miss = g.std() / np.sqrt(g.size), abs(g.mean() - float(exact["log_lr"]))
         print(f"random lengths: exact {exact['log_lr']:.4f}, {'PES' if persistent else 'truncated ES'} "
               f"{g.mean():.4f} ± {error:.4f}")
@@ -201,17 +203,18 @@ def test_runs_count_their_steps_and_begin_anew():
     assert len(set(np.asarray(first.step).tolist())) > 1, "pairs must not be reset in lockstep"
 
 
-def test_lengths_are_log_uniform_and_offsets_uniform():
+@pytest.mark.parametrize("max_offset, bound", [(None, 50), (80, 80)])
+def test_lengths_are_log_uniform_and_offsets_uniform(max_offset, bound):
     task, optimizer = counting()
-    n, settings = 20_000, es.Settings(0.1, 50, 100, 1000)
+    n, settings = 20_000, es.Settings(0.1, 50, 100, 1000, max_offset)
     keys = es.pair_keys(KEY, jnp.arange(n))
     pairs = jax.jit(lambda keys: es.init_pairs(task, optimizer, {"step": jnp.float32(1.0)}, keys, settings))(keys)
     lengths, offsets = np.asarray(pairs.length), np.asarray(pairs.step)
     assert lengths.dtype == np.int32 and lengths.min() >= 100 and lengths.max() <= 1000
     shares = np.quantile(np.log(lengths / 100) / np.log(10), [0.1, 0.25, 0.5, 0.75, 0.9])
     np.testing.assert_allclose(shares, [0.1, 0.25, 0.5, 0.75, 0.9], atol=0.02)
-    counts = np.bincount(offsets, minlength=50)
-    assert len(counts) == 50 and np.abs(counts - n / 50).max() < 5 * np.sqrt(n / 50)
+    counts = np.bincount(offsets, minlength=bound)
+    assert len(counts) == bound and np.abs(counts - n / bound).max() < 5 * np.sqrt(n / bound)
     assert not np.any(np.asarray(jax.tree.leaves(pairs.accumulator)[0]))
 
 

@@ -6,6 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from conftest import side_by_side
 
 import evaluate
 import lopt
@@ -84,17 +85,20 @@ def test_losses_are_those_of_tasks_train(dataset):
     keys = evaluate.seed_keys(jax.random.key(3), 2)
     np.testing.assert_array_equal(jax.random.key_data(keys),
                                   jax.random.key_data(evaluate.seed_keys(jax.random.key(3), 5)[:2]))
-    losses, theta = {}, lopt.init_theta(keys[0])
-    for name, contender in (("adam", BASELINES["muadam"]),
-                            ("learned", BASELINES["muadam"]._replace(theta=theta, step_mult=0.01))):
+    muadam = BASELINES["muadam"]
+    learned = muadam._replace(theta=lopt.init_theta(keys[0]), step_mult=0.01)
+
+    def in_sweep(contender):
         train, _ = evaluate.compiled(contender, make_task, 3, 2)
-        losses[name] = np.asarray(train(contender.start, keys, dataset.train)[1])
-    task = contender.task(make_task, contender.start)
-    adam = lopt.adamw(contender.start.learning_rate, update_multipliers=task.update_multipliers)
+        return np.asarray(train(contender.start, keys, dataset.train)[1])
+
+    of_adam, of_learned = side_by_side(in_sweep, (muadam, learned))
+    task = muadam.task(make_task, muadam.start)
+    adam = lopt.adamw(muadam.start.learning_rate, update_multipliers=task.update_multipliers)
     alone = jax.jit(lambda key: tasks.train(task, adam, dataset.train, key, 3)[1])
-    np.testing.assert_allclose(losses["adam"], [alone(key) for key in keys], rtol=1e-5)
-    np.testing.assert_allclose(losses["learned"][:, 0], losses["adam"][:, 0], rtol=1e-6)  # same weights and batch
-    assert losses["adam"][0, 0] != losses["adam"][1, 0]
+    np.testing.assert_allclose(of_adam, [alone(key) for key in keys], rtol=1e-5)
+    np.testing.assert_allclose(of_learned[:, 0], of_adam[:, 0], rtol=1e-6)  # same weights and batch
+    assert of_adam[0, 0] != of_adam[1, 0]
 
 
 def test_hyperparameters_reach_the_network(dataset):

@@ -7,7 +7,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN_DIR
+from conftest import GOLDEN_DIR, side_by_side
 
 import lopt
 
@@ -124,20 +124,19 @@ def by_definition(theta, shape, grads, p, step_mult, exp_mult):
 
 def test_updates_follow_the_definition():
     """The fast path, in chunks that do not divide, against all 39 features in float64; gradients 1 to 1e-4."""
-    theta, step_mult, exp_mult, keys = some_theta(), 0.05, 0.1, iter(jax.random.split(jax.random.key(2), 99))
-    start = {name: jax.random.normal(next(keys), shape) for name, shape in SHAPES.items()}
-    grads = [{name: 10.0 ** -i * jax.random.normal(next(keys), shape) for name, shape in SHAPES.items()}
-             for i in range(5)]
+    theta, step_mult, exp_mult = some_theta(), 0.05, 0.1
     optimizer = lopt.learned_optimizer(theta, step_mult=step_mult, exp_mult=exp_mult, chunk=20)
-    update, params, state, after = jax.jit(optimizer.update), start, optimizer.init(start), []
-    for g in grads:
-        updates, state = update(g, state, params)
-        params = lopt.apply_updates(params, updates)
-        after.append(params)
-    for name, shape in SHAPES.items():
-        expected = by_definition(theta, shape, [g[name] for g in grads], start[name], step_mult, exp_mult)
-        for t, value in enumerate(expected):
-            np.testing.assert_allclose(after[t][name], value, rtol=0, atol=5e-6, err_msg=f"{name}, step {t}")
+
+    def check(name):
+        shape, keys = SHAPES[name], jax.random.split(jax.random.fold_in(jax.random.key(2), len(name)), 6)
+        start, *grads = [10.0 ** -max(i - 1, 0) * jax.random.normal(key, shape) for i, key in enumerate(keys)]
+        update, params, state = jax.jit(optimizer.update), start, optimizer.init(start)
+        for t, expected in enumerate(by_definition(theta, shape, grads, start, step_mult, exp_mult)):
+            updates, state = update(grads[t], state, params)
+            params = lopt.apply_updates(params, updates)
+            np.testing.assert_allclose(params, expected, rtol=0, atol=5e-6, err_msg=f"{name}, step {t}")
+
+    side_by_side(check, SHAPES)
 
 
 def test_the_features_that_are_shown_are_those_that_are_used():
@@ -184,28 +183,33 @@ def test_any_tree_and_any_transformation(make):
     optimizer = make()
     init, update = optimizer  # a plain pair
     params, grads = some_params()
-    initial, stepped, state = params, params, init(params)
-    jitted = jax.jit(update)
-    for g in grads:
-        updates, state = jitted(g, state, stepped)
-        assert jax.tree.structure(updates) == jax.tree.structure(params)
-        assert [x.shape for x in jax.tree.leaves(updates)] == [x.shape for x in jax.tree.leaves(params)]
-        assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(updates))
-        stepped = jax.tree.map(jnp.add, stepped, updates)
-    assert int(state.step) == len(grads)
+
+    def by_jit():
+        stepped, state, jitted = params, init(params), jax.jit(update)
+        for g in grads:
+            updates, state = jitted(g, state, stepped)
+            assert jax.tree.structure(updates) == jax.tree.structure(params)
+            assert [x.shape for x in jax.tree.leaves(updates)] == [x.shape for x in jax.tree.leaves(params)]
+            assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(updates))
+            stepped = jax.tree.map(jnp.add, stepped, updates)
+        assert int(state.step) == len(grads)
+        return stepped
+
+    def by_scan():
+        def run(params, grads):
+            def step(carry, g):
+                params, state = carry
+                updates, state = update(g, state, params)
+                return (lopt.apply_updates(params, updates), state), None
+            return jax.lax.scan(step, (params, init(params)), grads)[0][0]
+
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *grads)
+        twice = lambda tree, scale: jax.tree.map(lambda x: jnp.stack([x, scale * x]), tree)
+        return jax.jit(jax.vmap(run))(twice(params, 1.0), twice(stacked, 0.5))
+
+    stepped, scanned = side_by_side(lambda how: how(), (by_jit, by_scan))
     jax.tree.map(lambda a, b: np.testing.assert_raises(AssertionError, np.testing.assert_allclose, a, b),
-                 initial, stepped)
-
-    def run(params, grads):
-        def step(carry, g):
-            params, state = carry
-            updates, state = update(g, state, params)
-            return (lopt.apply_updates(params, updates), state), None
-        return jax.lax.scan(step, (params, init(params)), grads)[0][0]
-
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *grads)
-    twice = lambda tree, scale: jax.tree.map(lambda x: jnp.stack([x, scale * x]), tree)
-    scanned = jax.jit(jax.vmap(run))(twice(params, 1.0), twice(stacked, 0.5))
+                 params, stepped)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=0, atol=2e-5), scanned, stepped)
 
 

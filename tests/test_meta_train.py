@@ -1,8 +1,12 @@
-"""The meta-step on one and on many devices, and a whole run of the command line."""
+"""The meta-step on one and on many devices, and whole runs of the command line, by one process and by two."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +17,11 @@ from jax.sharding import Mesh
 
 import lopt
 import meta_train
+import mup
 import tasks
 
-SETTINGS = meta_train.Settings(widths=(8, 12), depth=1, batch_size=8, pairs=8, truncation=5, min_length=10,
-                               max_length=20, meta_steps=20, warmup_steps=2)
-
-
-def run(*args, devices=2, **options):
-    """Runs meta_train.py in a process of its own."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return subprocess.run([sys.executable, str(ROOT / "meta_train.py"), *args, "--devices", str(devices)],
-                          capture_output=True, text=True, env=environment, timeout=240, **options)
+SETTINGS = meta_train.Settings(widths=(8,), depth=1, batch_size=8, pairs=8, truncation=5, min_length=10, max_length=20,
+                               meta_steps=20, warmup_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +35,7 @@ def dataset():
 def meta_train_on(devices, dataset, settings=SETTINGS, steps=20):
     """θ, the metrics and the last state after some meta-steps on the first so many devices."""
     mesh = Mesh(np.array(jax.devices()[:devices]), ("pairs",))
-    parametrization = meta_train.mup.Parametrization(settings.parametrization)
+    parametrization = mup.Parametrization(settings.parametrization)
     inner = [meta_train.make_task(settings, dataset, w, settings.depth, parametrization) for w in settings.widths]
     init, meta_step = meta_train.make_functions(settings, inner, mesh)
     state, split, rows = init(), meta_train.replicate(dataset.train, mesh), []
@@ -63,22 +61,21 @@ def test_many_devices_equal_one(dataset):
         assert abs(a.meta_loss - b.meta_loss) < 1e-5 * b.meta_loss
 
 
-def test_meta_training_reduces_the_meta_loss(tmp_path):
-    """A small run end to end: θ and metrics are written, and the meta-loss falls below that of fresh networks."""
-    done = run("--widths", "16", "--depth", "1", "--batch-size", "32", "--truncation", "20", "--min-length", "20",
-               "--max-length", "60", "--meta-steps", "60", "--learning-rate", "1e-2", "--warmup-steps", "10",
-               "--report-steps", "0", "--output-mult", "1", "--hidden-lr-mult", "2", "--step-mult", "0.01",
-               "--out", str(tmp_path / "run"))
-    assert done.returncode == 0, done.stderr
-    theta, metadata = lopt.load_theta(tmp_path / "run" / "theta.npz")
-    assert metadata["parametrization"] == "mup" and metadata["step_mult"] == 0.01
-    assert metadata["settings"]["widths"] == [16]
-    assert meta_train.mup.parametrization_of(metadata) == meta_train.mup.Parametrization("mup", hidden_lr_mult=2.0)
-    header, *rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
-    assert header.split(",") == list(meta_train.COLUMNS)
-    assert [int(row.split(",")[0]) for row in rows] == list(range(1, 61))
-    losses = [float(row.split(",")[1]) for row in rows]
-    assert np.mean(losses[-10:]) < np.log(10) - 0.02  # measured: 2.255, from ln 10 = 2.303 of a fresh network
+def test_several_tasks_are_averaged():
+    """Beside a task that has no loss, the meta-loss and its gradient are halved, for the same pairs."""
+    def quadratic(scale):
+        draw = lambda key: jax.random.normal(key, (3,))
+        return types.SimpleNamespace(init=draw, sample=lambda key, split: draw(key), max_loss=99.0, update_multipliers=1.0,
+                                     loss=lambda x, batch: scale * jnp.sum((x - batch) ** 2))
+
+    def first_metrics(*scales):
+        init, meta_step = meta_train.make_functions(SETTINGS, [quadratic(scale) for scale in scales],
+                                                    Mesh(np.array(jax.devices()[:1]), ("pairs",)))
+        return jax.device_get(meta_step(init(), ())[1])
+
+    one, both = side_by_side(lambda scales: first_metrics(*scales), [(1.0,), (1.0, 0.0)])
+    assert one.meta_loss > 1 and one.grad_norm > 0
+    np.testing.assert_allclose([both.meta_loss, both.grad_norm], [one.meta_loss / 2, one.grad_norm / 2], rtol=1e-5)
 
 
 @pytest.mark.parametrize("preset, parametrization, expected", [
@@ -100,3 +97,92 @@ def test_pairs_that_do_not_divide_are_refused(tmp_path):
                           capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     assert done.stderr == ("meta_train.py: error: --pairs 12: does not divide over 8 devices; use 8 or 16\n")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Whole runs: by one process, and by two on the loopback address of which one is killed
+
+STEPS = 60
+FLAGS = ["--widths", "16", "--depth", "1", "--batch-size", "32", "--pairs", "4", "--truncation", "20",
+         "--min-length", "20", "--max-length", "60", "--meta-steps", str(STEPS), "--learning-rate", "1e-2",
+         "--warmup-steps", "10", "--output-mult", "1", "--hidden-lr-mult", "2", "--step-mult", "0.01",
+         "--report-steps", "0", "--checkpoint-every", "5", "--stall-seconds", "5"]
+
+
+def start(out, processes, *args):
+    """Starts meta_train.py as so many processes with four devices in all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
+                                # what one process has compiled is loaded by the next
+                                "JAX_COMPILATION_CACHE_DIR": str(out.parent / "compiled"),
+                                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [sys.executable, str(ROOT / "meta_train.py"), *FLAGS, *args, "--out", str(out)]
+    if processes > 1:
+        command += ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--processes", str(processes)]
+    return [subprocess.Popen(command + (["--process-id", str(i)] if processes > 1 else []), env=environment, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(processes)]
+
+
+def finish(processes, timeout=200):
+    """Waits for all of them: [(exit code, stderr)]."""
+    try:
+        return [(process.wait(timeout), process.stderr.read()) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(folder of a run by one process, folder of one by two of which one was killed, the survivor's end).
+
+    That is (exit code, stderr, seconds after the kill). Both were then started again and ran to the end.
+    """
+    folder = tmp_path_factory.mktemp("runs")
+    alone, together = folder / "alone", folder / "together"
+    one, two = start(alone, 1), start(together, 2)
+    deadline = time.monotonic() + 150
+    while not (together / "checkpoint-00000005-1-of-2.npz").exists():
+        assert time.monotonic() < deadline and two[0].poll() is None, finish(two)
+        time.sleep(0.005)
+    two[1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    end = *finish(two)[0], time.monotonic() - killed
+    results = finish(one) + finish(start(together, 2, "--resume"))
+    assert [code for code, _ in results] == [0, 0, 0], results
+    return alone, together, end
+
+
+def test_meta_training_reduces_the_meta_loss(runs):
+    """θ and metrics are written, and the meta-loss falls below that of fresh networks."""
+    alone, _, _ = runs
+    theta, metadata = lopt.load_theta(alone / "theta.npz")
+    assert metadata["parametrization"] == "mup" and metadata["step_mult"] == 0.01
+    assert metadata["settings"]["widths"] == [16]
+    assert mup.parametrization_of(metadata) == mup.Parametrization("mup", hidden_lr_mult=2.0)
+    header, *rows = (alone / "metrics.csv").read_text().splitlines()
+    assert header.split(",") == list(meta_train.COLUMNS)
+    assert [int(row.split(",")[0]) for row in rows] == list(range(1, STEPS + 1))
+    losses = [float(row.split(",")[1]) for row in rows]
+    assert np.mean(losses[-10:]) < np.log(10) - 0.02  # measured: 2.255, from ln 10 = 2.303 of a fresh network
+
+
+def test_a_killed_process_ends_the_other(runs):
+    """The survivor ends soon, with a line that says why."""
+    _, _, (code, errors, seconds) = runs
+    assert code == 2 and "another process" in errors, errors[-2000:]
+    assert seconds < 120
+
+
+def test_two_processes_equal_one(runs):
+    """Killed and resumed, too. 1e-5 relative: only the sum over pairs is in another order.
+
+    One of them writes the metrics, both write checkpoints.
+    """
+    (alone, _), (together, _) = (lopt.load_theta(folder / "theta.npz") for folder in runs[:2])
+    assert relative(together, alone) < 1e-5
+    assert len((runs[1] / "metrics.csv").read_text().splitlines()) == STEPS + 1
+    for i in range(2):
+        assert (runs[1] / f"checkpoint-{STEPS:08d}-{i}-of-2.npz").is_file()

@@ -33,8 +33,8 @@ def test_ten_lines_run(monkeypatch):
     code = re.search(r"```python\n(.*?)```", README, re.S).group(1).replace("range(5)", "range(40)")
     scope = {}
     exec(code, scope)
-    batch = scope["task"].sample(jax.random.key(99), scope["data"])
-    loss = scope["task"].loss
+    batch = scope["task"].sample(jax.random.key(99), scope["dataset"].train)
+    loss = jax.jit(scope["task"].loss)
     assert float(loss(scope["params"], batch)) < float(loss(scope["task"].init(jax.random.key(0)), batch)) - 0.1
 
 
