@@ -269,11 +269,15 @@ def summary(losses: np.ndarray, max_loss: float) -> Row:
             "std": std, "test_loss": "-", "test_accuracy": "-"}
 
 
-def smooth(losses: np.ndarray) -> list[Row]:
-    """The mean over seeds of losses [S, T], in about CURVE_POINTS equal pieces, each with its last step."""
+def smooth(losses: np.ndarray, max_loss: float) -> list[Row]:
+    """The mean over seeds of losses [S, T], in about CURVE_POINTS equal pieces, each with its last step.
+
+    A piece whose mean is above max_loss has diverged.
+    """
     width = math.ceil(losses.shape[1] / CURVE_POINTS)
     pieces = [losses[:, start:start + width] for start in range(0, losses.shape[1], width)]
-    return [{"step": str(step), "loss": cell(np.mean(piece))}
+    mean = lambda piece: np.mean(piece) if np.mean(piece) <= max_loss else math.nan
+    return [{"step": str(step), "loss": cell(mean(piece))}
             for step, piece in zip(np.cumsum([piece.shape[1] for piece in pieces]), pieces)]
 
 
@@ -327,11 +331,12 @@ def train_rows(contender: Contender, hyper: Hyper, make_task: MakeTask, program:
     train, test = program(marks[-1], args.seeds)
     params, losses = train(hyper, keys, dataset.train)
     losses = np.asarray(losses)
-    table = [summary(losses[:, :mark], make_task(mup.SP).max_loss) for mark in marks]
+    max_loss = make_task(mup.SP).max_loss
+    table = [summary(losses[:, :mark], max_loss) for mark in marks]
     if dataset.test is not None and table[-1]["diverged"] == "0":
         loss, accuracy = (cell(np.mean(x)) for x in test(hyper, params, dataset.test))
         table[-1] |= {"test_loss": loss, "test_accuracy": accuracy}
-    return {"table": table, "curves": smooth(losses)} if args.sweep == "horizon" else {"table": table}
+    return {"table": table, "curves": smooth(losses, max_loss)} if args.sweep == "horizon" else {"table": table}
 
 
 def check_rows(contender: Contender, hyper: Hyper, make_task: MakeTask, dataset: tasks.Dataset,
@@ -454,20 +459,28 @@ SWEEPS = {"width": ((32, 128, 512), 1000, [0]), "depth": ((32,), 1000, [3, 6, 12
           "horizon": ((32,), 1000, [0]), "coordinate-check": ((32, 128, 512), 500, [0])}
 
 # name of the outputs: the flags that make them; {results} holds the shipped θ, {data} the data sets
-THETA = "--theta {results}/mulo_s.npz {results}/mulo_s_16.npz {results}/lo_s.npz"
+PAIR = "--theta {results}/mulo_m.npz {results}/lo_m.npz"
+FOUR = f"{PAIR} {{results}}/mulo_s_16.npz {{results}}/lo_s.npz"
+ONE_WIDTH = "--theta {results}/mulo_s.npz {results}/mulo_s_16.npz {results}/lo_s.npz"
 CIFAR = "--dataset cifar10 --data-dir {data} --image-size 8"
 TEXT = "--dataset text --data-dir {data}/tinyshakespeare.txt"
 BOTH = "--baselines adamw muadam"
 EXPERIMENTS = {
-    "width": f"--sweep width {THETA} {BOTH} {CIFAR} --tune both --tune-seeds 2 --seeds 4 --widths 32 128 512",
-    "width-2048": f"--sweep width {THETA} --baselines adamw {CIFAR} --tune both --tune-seeds 1 --steps 300 --seeds 2 "
-                  "--widths 32 2048",
-    "coordinate-check": f"--sweep coordinate-check {THETA} {CIFAR} --steps 100 --seeds 2 "
-                        "--widths 32 64 128 256 512 1024",
-    "vit": f"--sweep width --task vit --patch 2 {THETA} {BOTH} {CIFAR} --steps 300 --seeds 2 --widths 32 64 128",
-    "lm": f"--sweep width --task lm {THETA} {BOTH} {TEXT} --batch-size 16 --steps 300 --seeds 2 --tune-seeds 1 "
+    "width": f"--sweep width {FOUR} {{results}}/mulo_s.npz {BOTH} {CIFAR} --tune both --tune-seeds 2 --seeds 4 "
+             "--widths 32 128 512",
+    "width-2048": f"--sweep width --theta {{results}}/mulo_m.npz --baselines adamw {CIFAR} --tune both --tune-seeds 1 "
+                  "--seeds 2 --widths 32 2048",
+    "width-2048-short": f"--sweep width --theta {{results}}/mulo_s.npz {{results}}/lo_s.npz --baselines adamw {CIFAR} "
+                        "--tune both --tune-seeds 1 --steps 300 --seeds 2 --widths 32 2048",
+    "depth": f"--sweep depth {FOUR} {BOTH} {CIFAR} --seeds 2 --widths 32 128",
+    "horizon": f"--sweep horizon {FOUR} {BOTH} {CIFAR} --seeds 2 --widths 128",
+    "pre-activations": f"--sweep coordinate-check {PAIR} {CIFAR} --steps 500 --seeds 2 --widths 32 128 512",
+    "coordinate-check": f"--sweep coordinate-check {ONE_WIDTH} {{results}}/mulo_m.npz {CIFAR} --steps 100 "
+                        "--seeds 2 --widths 32 64 128 256 512 1024",
+    "vit": f"--sweep width --task vit --patch 2 {ONE_WIDTH} {BOTH} {CIFAR} --steps 300 --seeds 2 --widths 32 64 128",
+    "lm": f"--sweep width --task lm {ONE_WIDTH} {BOTH} {TEXT} --batch-size 16 --steps 300 --seeds 2 --tune-seeds 1 "
           "--widths 32 64 128"}
-QUICK = {"quick": f"--sweep width {THETA} --baselines adamw --widths 32 128 512 --steps 300 --seeds 2"}
+QUICK = {"quick": f"--sweep width {FOUR} --baselines adamw --widths 32 128 512 --steps 300 --seeds 2"}
 
 
 def make_parser() -> meta_train.CommandLine:

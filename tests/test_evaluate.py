@@ -122,7 +122,8 @@ def test_diverged_runs_are_named_and_counted():
     losses[0], losses[1] = 2.5, 3.0
     row = evaluate.summary(losses, max_loss=3.4)
     assert (row["loss"], row["diverged"], row["std"]) == ("2.5000", "0", "0.4082")
-    assert [r["loss"] for r in evaluate.smooth(np.array([[1.0, 2.0], [np.inf, 4.0]]))] == ["diverged", "3.0000"]
+    losses = np.array([[1.0, 2.0, 9.0], [np.inf, 4.0, 2.0]])
+    assert [row["loss"] for row in evaluate.smooth(losses, 5.0)] == ["diverged", "3.0000", "diverged"]
 
 
 def test_each_theta_runs_by_its_metadata_and_divergence_is_no_nan(theta, tmp_path, capsys):
