@@ -68,12 +68,12 @@ def test_several_tasks_are_averaged():
         return types.SimpleNamespace(init=draw, sample=lambda key, split: draw(key), max_loss=99.0, update_multipliers=1.0,
                                      loss=lambda x, batch: scale * jnp.sum((x - batch) ** 2))
 
-    def first_metrics(*scales):
+    def first_metrics(scales):
         init, meta_step = meta_train.make_functions(SETTINGS, [quadratic(scale) for scale in scales],
                                                     Mesh(np.array(jax.devices()[:1]), ("pairs",)))
         return jax.device_get(meta_step(init(), ())[1])
 
-    one, both = side_by_side(lambda scales: first_metrics(*scales), [(1.0,), (1.0, 0.0)])
+    one, both = side_by_side(first_metrics, [(1.0,), (1.0, 0.0)])
     assert one.meta_loss > 1 and one.grad_norm > 0
     np.testing.assert_allclose([both.meta_loss, both.grad_norm], [one.meta_loss / 2, one.grad_norm / 2], rtol=1e-5)
 
@@ -138,7 +138,7 @@ def finish(processes, timeout=200):
 def runs(tmp_path_factory):
     """(folder of a run by one process, folder of one by two of which one was killed, the survivor's end).
 
-    That is (exit code, stderr, seconds after the kill). Both were then started again and ran to the end.
+    That end is (exit code, stderr, seconds after the kill). The two were then started again and ran to theirs.
     """
     folder = tmp_path_factory.mktemp("runs")
     alone, together = folder / "alone", folder / "together"
@@ -177,12 +177,9 @@ def test_a_killed_process_ends_the_other(runs):
 
 
 def test_two_processes_equal_one(runs):
-    """Killed and resumed, too. 1e-5 relative: only the sum over pairs is in another order.
-
-    One of them writes the metrics, both write checkpoints.
-    """
+    """To the last bit, although one was killed and both resumed. One writes the metrics, both write checkpoints."""
     (alone, _), (together, _) = (lopt.load_theta(folder / "theta.npz") for folder in runs[:2])
-    assert relative(together, alone) < 1e-5
+    jax.tree.map(np.testing.assert_array_equal, together, alone)
     assert len((runs[1] / "metrics.csv").read_text().splitlines()) == STEPS + 1
     for i in range(2):
         assert (runs[1] / f"checkpoint-{STEPS:08d}-{i}-of-2.npz").is_file()
