@@ -65,8 +65,8 @@ def test_several_tasks_are_averaged():
     """Beside a task that has no loss, the meta-loss and its gradient are halved, for the same pairs."""
     def quadratic(scale):
         draw = lambda key: jax.random.normal(key, (3,))
-        return types.SimpleNamespace(init=draw, sample=lambda key, split: draw(key), max_loss=99.0, update_multipliers=1.0,
-                                     loss=lambda x, batch: scale * jnp.sum((x - batch) ** 2))
+        return types.SimpleNamespace(init=draw, sample=lambda key, split: draw(key), max_loss=99.0,
+                                     update_multipliers=1.0, loss=lambda x, batch: scale * jnp.sum((x - batch) ** 2))
 
     def first_metrics(scales):
         init, meta_step = meta_train.make_functions(SETTINGS, [quadratic(scale) for scale in scales],
@@ -93,8 +93,8 @@ def test_multipliers_of_the_presets(preset, parametrization, expected):
 def test_pairs_that_do_not_divide_are_refused(tmp_path):
     """Also in the environment that forces eight devices; the message names the nearest numbers that do."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, str(ROOT / "meta_train.py"), "--pairs", "12", "--out", str(tmp_path / "run")],
-                          capture_output=True, text=True, env=environment, timeout=240)
+    command = [sys.executable, str(ROOT / "meta_train.py"), "--pairs", "12", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     assert done.stderr == ("meta_train.py: error: --pairs 12: does not divide over 8 devices; use 8 or 16\n")
 
@@ -134,13 +134,11 @@ def finish(processes, timeout=200):
             process.kill()
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def whole_runs(folder):
     """(folder of a run by one process, folder of one by two of which one was killed, the survivor's end).
 
     That end is (exit code, stderr, seconds after the kill). The two were then started again and ran to theirs.
     """
-    folder = tmp_path_factory.mktemp("runs")
     alone, together = folder / "alone", folder / "together"
     one, two = start(alone, 1), start(together, 2)
     deadline = time.monotonic() + 150
@@ -153,6 +151,12 @@ def runs(tmp_path_factory):
     results = finish(one) + finish(start(together, 2, "--resume"))
     assert [code for code, _ in results] == [0, 0, 0], results
     return alone, together, end
+
+
+@pytest.fixture(scope="module")
+def runs(whole_runs):
+    """What `whole_runs` returned; they began before the first test."""
+    return whole_runs.result()
 
 
 def test_meta_training_reduces_the_meta_loss(runs):

@@ -9,6 +9,7 @@ import pytest
 from conftest import side_by_side
 from jax.sharding import Mesh, PartitionSpec
 
+import evaluate
 import lopt
 import mup
 import tasks
@@ -150,42 +151,15 @@ def on_two_devices(run, *xs):
     return jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=halves, out_specs=halves, check_vma=False))(*xs)
 
 
-def slopes(widths, changes):
-    """Least-squares slopes of ln changes [widths, ...] against ln width."""
-    x = np.log(widths) - np.mean(np.log(widths))
-    return np.tensordot(x, np.log(np.asarray(changes, np.float64)), 1) / np.sum(x**2)
-
-
-def coordinate_check(dataset, parametrization, optimizer_of, widths, marks, seeds=2, batch_size=64):
-    """The RMS change of every layer's pre-activations after `marks` steps: {layer: [widths, marks]}."""
-    def at_width(width):
-        task = tasks.make_task("mlp", dataset, width, 3, batch_size, parametrization)
-        optimizer = optimizer_of(task)
-        probe, _ = task.sample(jax.random.key(99), dataset.train)
-
-        def run(key):
-            params = task.init(key)
-            first = task.forward(params, probe)[1]
-
-            def train_step(carry, t):
-                params, state = carry
-                grads = jax.grad(task.loss)(params, task.sample(jax.random.fold_in(key, t), dataset.train))
-                updates, state = optimizer.update(grads, state, params)
-                return lopt.apply_updates(params, updates), state
-
-            def to_mark(carry, bounds):
-                carry = jax.lax.fori_loop(*bounds, lambda t, carry: train_step(carry, t), carry)
-                now = task.forward(carry[0], probe)[1]
-                return carry, {name: jnp.mean((now[name] - first[name]) ** 2) for name in first}
-
-            bounds = jnp.asarray((0, *marks[:-1])), jnp.asarray(marks)
-            return jax.lax.scan(to_mark, (params, optimizer.init(params)), bounds)[1]
-
-        squares = on_two_devices(run, jax.random.split(KEY, seeds))
-        return {name: np.sqrt(np.mean(x, axis=0)) for name, x in squares.items()}
-
-    measured = side_by_side(at_width, widths)
-    return {name: np.stack([m[name] for m in measured]) for name in measured[0]}
+def slopes(dataset, parametrization, optimizer_of, widths, marks):
+    """`evaluate.coordinate_check` over 2 seeds: {layer: slope of its change against the width [marks]}."""
+    task_at = lambda width: tasks.make_task("mlp", dataset, width, 3, 64, parametrization)
+    at_width = lambda width: evaluate.coordinate_check(task_at, optimizer_of, dataset.train, [width], marks,
+                                                       jax.random.split(KEY, 2))
+    narrow, wide = side_by_side(at_width, widths)
+    found = {name: evaluate.slope(widths, np.concatenate([narrow[name][1], wide[name][1]])) for name in narrow}
+    print(f"slopes after {marks} steps: " + ", ".join(f"{name} {np.round(x, 2)}" for name, x in found.items()))
+    return found
 
 
 def test_coordinate_check_of_adam(dataset):
@@ -195,11 +169,8 @@ def test_coordinate_check_of_adam(dataset):
     """
     widths, marks = (32, 512), (2, 10)
     adam = lambda rate: lambda task: lopt.adamw(rate, update_multipliers=task.update_multipliers)
-    in_mup = {name: slopes(widths, x) for name, x in
-              coordinate_check(dataset, mup.MUP, adam(1e-2), widths, marks).items()}
-    in_sp = {name: slopes(widths, x) for name, x in
-             coordinate_check(dataset, mup.SP, adam(1e-3), widths, marks).items()}
-    print(f"slopes after {marks} steps in μP: {in_mup}\nin SP: {in_sp}")
+    in_mup = slopes(dataset, mup.MUP, adam(1e-2), widths, marks)
+    in_sp = slopes(dataset, mup.SP, adam(1e-3), widths, marks)
     assert all(abs(in_mup[f"layer_{i}"]).max() < 0.1 for i in range(3)), in_mup
     assert abs(in_mup["logits"][1]) < 0.15, in_mup
     assert min(in_sp[name][0] for name in ("layer_1", "layer_2", "logits")) > 0.3, in_sp
@@ -257,10 +228,8 @@ def load(name):
 MARKS, WIDTHS = (1, 10, 100), (32, 512)
 
 
-def passes(changes):
+def passes(found):
     """Whether the width does not matter: hidden slopes within ±0.1 at all marks, logits ±0.15 from step 10."""
-    found = {name: slopes(WIDTHS, x) for name, x in changes.items()}
-    print(f"slopes after {MARKS} steps: " + ", ".join(f"{name} {np.round(x, 2)}" for name, x in found.items()))
     logits = found.pop("logits")
     return all(np.abs(x).max() <= 0.1 for x in found.values()) and np.abs(logits[1:]).max() <= 0.15
 
@@ -274,4 +243,4 @@ def test_coordinate_check_of_the_learned_optimizers(dataset, name, expected, sta
     parametrization, optimizer_of = load(name)
     assert parametrization.name == expected, f"results/{name} was meta-trained in {parametrization.name}"
     marks = MARKS if stable else MARKS[:2]  # it fails after one step
-    assert passes(coordinate_check(dataset, parametrization, optimizer_of, WIDTHS, marks)) == stable
+    assert passes(slopes(dataset, parametrization, optimizer_of, WIDTHS, marks)) == stable
