@@ -86,7 +86,7 @@ def _keys(keys: Array, purpose: int, time: Array) -> Array:
 def one_by_one(function: Callable[[Tree], Tree], xs: Tree, zero: Array | int = 0) -> Tree:
     """`lax.map`, but a loop also when there is one x alone: leaves [n, ...] → leaves [n, ...].
 
-    zero: a traced 0. XLA would unroll a loop whose single pass it knows of, and round otherwise in it than in a longer one.
+    zero: a traced 0. XLA would unroll a loop whose single pass it knows of, and round otherwise than in a longer one.
     """
     n = jax.tree.leaves(xs)[0].shape[0]
     # x[i] and y.at[i].set(new) would handle indices out of range, too, which takes long to compile.
@@ -230,27 +230,27 @@ def estimate(task: Any, optimizer: Callable[[Tree], Optimizer], theta: Tree, pai
     eps = perturb(keys, theta, settings.std, meta_step)
     thetas = jax.tree.map(lambda x, e: jnp.stack([x + e, x - e], axis=1), theta, eps)  # (N, 2, ...)
 
-    def unroll_block(block):
-        thetas, pairs, keys = block
-        return unroll(task, optimizer, thetas, pairs, keys, split, meta_step, settings)
-
-    at_once = pairs_at_once(keys.shape[0])
-    blocks = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), (thetas, pairs, keys))
-    pairs, losses = one_by_one(unroll_block, blocks, jnp.minimum(meta_step, 0))
-    pairs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pairs)
-    losses = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(settings.truncation, -1), losses)  # (T, N)
+    one = lambda tree: jax.tree.map(lambda x: x[None], tree)
 
     def of_pair(losses, eps, accumulator):
-        losses, (eps, accumulator) = jax.tree.map(lambda x: x[:, None], losses), one((eps, accumulator))  # (T, 1), (1, …)
-        gradient, accumulator = pes_gradient(*losses, eps, accumulator, settings.std)
+        losses = jax.tree.map(lambda x: x[:, None], losses)  # (T, 1)
+        gradient, accumulator = pes_gradient(*losses, one(eps), one(accumulator), settings.std)
         return gradient, mean_loss(losses), jax.tree.map(lambda x: x[0], accumulator)
 
-    one = lambda tree: jax.tree.map(lambda x: x[None], tree)
-    gradients, mean_losses, accumulator = jax.vmap(of_pair, (1, 0, 0))(losses, eps, pairs.accumulator)
+    def of_block(block):
+        thetas, eps, pairs, keys = block
+        pairs, losses = unroll(task, optimizer, thetas, pairs, keys, split, meta_step, settings)
+        gradients, losses, accumulator = jax.vmap(of_pair, (1, 0, 0))(losses, eps, pairs.accumulator)
+        return gradients, losses, pairs._replace(accumulator=accumulator)
+
+    at_once = pairs_at_once(keys.shape[0])
+    blocks = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), (thetas, eps, pairs, keys))
+    gradients, mean_losses, pairs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]),
+                                                 one_by_one(of_block, blocks, jnp.minimum(meta_step, 0)))
     if axis is not None:
         gradients, mean_losses = lax.all_gather((gradients, mean_losses), axis, tiled=True)
     gradient, loss = jax.tree.map(lambda x: jnp.mean(x, axis=0), (gradients, mean_losses))
-    return gradient, loss, pairs._replace(accumulator=accumulator)
+    return gradient, loss, pairs
 
 
 def mean_loss(losses: Losses) -> Array:
