@@ -364,11 +364,6 @@ def warmup_cosine(initial: float, peak: float, final: float, warmup_steps: int,
     return learning_rate
 
 
-def tree_size(tree: Tree) -> int:
-    """How many numbers a tree holds."""
-    return sum(x.size for x in jax.tree.leaves(tree))
-
-
 def global_norm(tree: Tree) -> Array:
     """√(Σ x²) over all entries of a tree."""
     return jnp.sqrt(sum(jnp.sum(x * x) for x in jax.tree.leaves(tree)))
@@ -476,7 +471,8 @@ def load_theta(path: str | os.PathLike) -> tuple[dict[str, Array], dict[str, Any
                        *[float(metadata.get(name, 1.0)) for name in ("input_mult", "output_mult", "hidden_lr_mult")]]
         known = metadata["parametrization"] in ("mup", "sp")
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{path}: its metadata do not give step_mult, exp_mult and parametrization ({error})") from None
+        raise ValueError(f"{path}: its metadata do not give step_mult, exp_mult and parametrization "
+                         f"({error})") from None
     if not known or not np.isfinite(multipliers).all():
         raise ValueError(f"{path}: its metadata have an unknown parametrization or a multiplier that is not finite")
     for name, shape in THETA_SHAPES.items():
@@ -492,7 +488,8 @@ def load_theta(path: str | os.PathLike) -> tuple[dict[str, Array], dict[str, Any
 # Demonstration
 
 FEATURE_NAMES = ("g", "p", *(f"m{i}" for i in "123"), "v", *(f"m{i} rsqrt(v+1e-6)" for i in "123"),
-                 "rsqrt(v+1e-6)", *(f"g ρ{i} κ{i}" for i in "123"), *(f"r{i}" for i in "123"), *(f"c{i}" for i in "123"),
+                 "rsqrt(v+1e-6)", *(f"g ρ{i} κ{i}" for i in "123"),
+                 *(f"r{i}" for i in "123"), *(f"c{i}" for i in "123"),
                  *(f"rsqrt(r{i}+1e-8)" for i in "123"), *(f"rsqrt(c{i}+1e-8)" for i in "123"),
                  *(f"m{i} ρ{i} κ{i}" for i in "123"), *(f"tanh(t/{int(tau)}−1)" for tau in TIMESCALES))
 

@@ -126,7 +126,8 @@ def check(settings: Settings) -> None:
         need(getattr(settings, name) >= 1, name, "must be at least 1")
     for name in ("image_size", "vocab_size", "sequence_length", "heads", "patch"):
         need((getattr(settings, name) or 1) >= 1 and getattr(settings, name) != 0, name, "must be at least 1")
-    for name in ("sigma", "learning_rate", "final_learning_rate", "step_mult", *MULTIPLIERS):  # whose squares float32 holds
+    # whose squares float32 holds
+    for name in ("sigma", "learning_rate", "final_learning_rate", "step_mult", *MULTIPLIERS):
         value = getattr(settings, name)
         need(value is None or 1e-18 < value < 1e18, name, "must be a positive number, above 1e-18 and below 1e18")
     for name in ("exp_mult", "weight_decay"):
@@ -442,7 +443,7 @@ def largest_divisor(pairs: int, limit: int) -> int:
 
 
 def make_mesh(pairs: int, devices: int | None) -> Mesh:
-    """All devices of all processes (or the first few) on one axis. Raises ValueError if they do not divide the pairs."""
+    """All devices of all processes (or the first few) on one axis. ValueError if they do not divide the pairs."""
     everything = jax.devices()
     count = len(everything) if devices is None else devices
     if devices is None and not devices_are_forced() and everything[0].platform == "cpu" and jax.process_count() == 1:
@@ -659,7 +660,8 @@ def make_parser() -> CommandLine:
     parser.add_argument("--parametrization", choices=("mup", "sp"), help="of the inner networks (default: mup)")
     parser.add_argument("--input-mult", type=float, metavar="c",
                         help="μP's multipliers, of the first layer (default: 1),")
-    parser.add_argument("--output-mult", type=float, metavar="c", help="of the logits (default: 16 (laptop), 1 (paper)),")
+    parser.add_argument("--output-mult", type=float, metavar="c",
+                        help="of the logits (default: 16 (laptop), 1 (paper)),")
     parser.add_argument("--hidden-lr-mult", type=float, metavar="c",
                         help="and of the updates of hidden weights (default: 16 (laptop), 1 (paper))")
     add_task_flags(parser)
@@ -832,7 +834,8 @@ def run_command(run: Callable[[Sequence[str] | None], int], name: str, argv: Seq
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print(f"{name}: error: not enough memory for these sizes ({first_line(error)}); use smaller ones", file=sys.stderr)
+        print(f"{name}: error: not enough memory for these sizes ({first_line(error)}); use smaller ones",
+              file=sys.stderr)
     return 2
 
 

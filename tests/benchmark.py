@@ -35,6 +35,11 @@ SETTINGS = {"tiny": TINY, "mid": dict(widths=(128,), image_size=32, batch_size=1
 LO_FLOP = 2 * (16 * 32 + 32 * 32 + 32 * 2)  # per weight
 
 
+def tree_size(tree: lopt.Tree) -> int:
+    """How many numbers a tree holds."""
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
 def median_time(function, repeats: int) -> float:
     """The median wall time of a call in seconds, after one call that is not counted."""
     jax.block_until_ready(function())
@@ -63,7 +68,7 @@ def noise(size: int, classes: int = 10) -> tasks.Dataset:
 
 def weights_of(task: tasks.Task) -> int:
     """How many weights a network has."""
-    return lopt.tree_size(jax.eval_shape(task.init, jax.random.key(0)))
+    return tree_size(jax.eval_shape(task.init, jax.random.key(0)))
 
 
 def peak_memory() -> float:
@@ -113,8 +118,8 @@ def show_meta_step(name: str, settings: meta_train.Settings, repeats: int) -> No
 
 def show_header() -> None:
     """Prints the head of the table of meta-steps."""
-    print(f"{'setting':>10} {'weights':>10} {'compile s':>9} {'meta-step s':>10} {'inner steps/s':>12} {'updates/s':>11} "
-          f"{'GFLOP/s':>8} {'matmul':>8} {'fraction':>8} {'B/w/run':>10} {'peak GB':>8}")
+    print(f"{'setting':>10} {'weights':>10} {'compile s':>9} {'meta-step s':>10} {'inner steps/s':>12} "
+          f"{'updates/s':>11} {'GFLOP/s':>8} {'matmul':>8} {'fraction':>8} {'B/w/run':>10} {'peak GB':>8}")
 
 
 def show_scaling(base: meta_train.Settings, repeats: int) -> None:
@@ -122,9 +127,10 @@ def show_scaling(base: meta_train.Settings, repeats: int) -> None:
     def fit(name: str, xs: list[float], variants: list[meta_train.Settings]) -> None:
         results = [meta_step_time(settings, repeats) for settings in variants]
         slope = np.polyfit(np.log(xs), np.log([result["seconds"] for result in results]), 1)[0]
-        print(f"against {name} (time, bytes per weight and run): " + ", ".join(
-            f"{x:,.0f}: {result['seconds']:.3f} s, {result['bytes_per_weight']:.0f}" for x, result in zip(xs, results)) +
-              f"; slope of the log-log fit of the time {slope:.2f}", flush=True)
+        points = (f"{x:,.0f}: {result['seconds']:.3f} s, {result['bytes_per_weight']:.0f}"
+                  for x, result in zip(xs, results))
+        print(f"against {name} (time, bytes per weight and run): {', '.join(points)}; slope of the log-log fit of the "
+              f"time {slope:.2f}", flush=True)
 
     counts = [2, 4, 8, 16, 32]
     fit("pairs", counts, [dataclasses.replace(base, pairs=n) for n in counts])
@@ -151,8 +157,8 @@ def show_update(repeats: int) -> None:
                 updates, state = jax.block_until_ready(program(grads, state, params))
                 times.append(time.perf_counter() - start)
             seconds = float(np.median(times[1:]))
-            print(f"{name:>8} update of {lopt.tree_size(params):>12,} weights: {seconds * 1e3:9.3f} ms, "
-                  f"{seconds / lopt.tree_size(params) * 1e9:6.1f} ns per weight, "
+            print(f"{name:>8} update of {tree_size(params):>12,} weights: {seconds * 1e3:9.3f} ms, "
+                  f"{seconds / tree_size(params) * 1e9:6.1f} ns per weight, "
                   f"{(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes) / 1e9:.3f} "
                   "GB beyond state, weights and gradients", flush=True)
 
