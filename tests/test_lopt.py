@@ -67,20 +67,24 @@ SHAPES = {"tall": (9, 5), "wide": (4, 11), "one weight": (1, 1), "conv, outputs 
           "ties": (4, 4, 4), "vector": (7,), "scalar": ()}
 
 
+def normal(seed):
+    """A function of shape and scale that draws float32 arrays, by NumPy: JAX would compile each shape anew."""
+    rng = np.random.default_rng(seed)
+    return lambda shape, scale=1.0: jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)
+
+
 def some_theta(seed=0):
     """A θ whose every array, decay offsets included, matters."""
-    keys = iter(jax.random.split(jax.random.key(seed), len(lopt.THETA_SHAPES) + 1))
-    theta = lopt.init_theta(next(keys))
+    theta, draw = jax.jit(lopt.init_theta)(jax.random.key(seed)), normal(seed)
     spread = lambda name: 0.3 if name[0] == "b" else 0.03 if name.endswith("decays") else 0.0
-    return {name: x + spread(name) * jax.random.normal(next(keys), x.shape) for name, x in theta.items()}
+    return {name: x + draw(x.shape, spread(name)) for name, x in theta.items()}
 
 
 def some_params(seed=1):
     """A tree of tensors of 0 to 4 axes, nested in dicts, lists and tuples, and gradients for it by step."""
-    keys = iter(jax.random.split(jax.random.key(seed), 64))
-    draw = lambda shape: jax.random.normal(next(keys), shape)
-    make = lambda scale: {"a": {"w": scale * draw((9, 5)), "b": scale * draw((5,))},
-                          "list": [scale * draw(()), (scale * draw((2, 5, 3)), scale * draw((3, 3, 4, 8)))]}
+    draw = normal(seed)
+    make = lambda scale: {"a": {"w": draw((9, 5), scale), "b": draw((5,), scale)},
+                          "list": [draw((), scale), (draw((2, 5, 3), scale), draw((3, 3, 4, 8), scale))]}
     return make(1.0), [make(10.0 ** -i) for i in range(4)]
 
 
@@ -128,9 +132,9 @@ def test_updates_follow_the_definition():
     optimizer = lopt.learned_optimizer(theta, step_mult=step_mult, exp_mult=exp_mult, chunk=20)
 
     def check(name):
-        shape, keys = SHAPES[name], jax.random.split(jax.random.fold_in(jax.random.key(2), len(name)), 6)
-        start, *grads = [10.0 ** -max(i - 1, 0) * jax.random.normal(key, shape) for i, key in enumerate(keys)]
-        update, params, state = jax.jit(optimizer.update), start, optimizer.init(start)
+        shape, draw = SHAPES[name], normal(len(name))
+        start, *grads = [draw(shape, 10.0 ** -max(i - 1, 0)) for i in range(6)]
+        update, params, state = jax.jit(optimizer.update), start, jax.jit(optimizer.init)(start)
         for t, expected in enumerate(by_definition(theta, shape, grads, start, step_mult, exp_mult)):
             updates, state = update(grads[t], state, params)
             params = lopt.apply_updates(params, updates)
@@ -140,14 +144,14 @@ def test_updates_follow_the_definition():
 
 
 def test_the_features_that_are_shown_are_those_that_are_used():
-    theta, keys = some_theta(), iter(jax.random.split(jax.random.key(3), 99))
+    theta, draw = some_theta(), normal(3)
     shapes = [(1, 8, 6), (2, 5, 7), (9,)]  # as they are seen: [O, A, B] and [n]
-    params = [jax.random.normal(next(keys), shape) for shape in shapes]
+    params = [draw(shape) for shape in shapes]
     optimizer = lopt.learned_optimizer(theta, step_mult=0.1)
     state, update, show = optimizer.init(params), jax.jit(optimizer.update), jax.jit(lopt.features)
     assert len(lopt.FEATURE_NAMES) == 39
     for t in range(3):
-        grads = [jax.random.normal(next(keys), shape) for shape in shapes]
+        grads = [draw(shape) for shape in shapes]
         updates, state = update(grads, state, params)
         for averages, g, p, ours in zip(state.averages, grads, params, updates):
             x = np.asarray(show(averages, g, p, t))
@@ -159,8 +163,8 @@ def test_the_features_that_are_shown_are_those_that_are_used():
 
 
 def test_the_chunk_does_not_matter():
-    theta, keys = some_theta(), jax.random.split(jax.random.key(4), 2)
-    params, grads = jax.random.normal(keys[0], (37, 50)), jax.random.normal(keys[1], (37, 50))
+    theta, draw = some_theta(), normal(4)
+    params, grads = draw((37, 50)), draw((37, 50))
     results = []
     for chunk in (1, 333, 2**20):
         optimizer = lopt.learned_optimizer(theta, step_mult=0.1, chunk=chunk)

@@ -233,7 +233,7 @@ def test_initial_statistics(kind, parametrization):
     std_of = {"tokens": 200 ** -0.5, "positions": 0.02, "patch/w": 0.88 / math.sqrt(4 * 4 * 3), "class_token": 0.0,
               "block_0/mlp/down/w": 0.88 / math.sqrt(4 * 256),
               "logits/w": 0.0 if parametrization.is_mup else 0.88 / math.sqrt(256)}
-    for name, x in by_path(task.init(jax.random.key(0))).items():
+    for name, x in by_path(quick_jit(task.init)(jax.random.key(0))).items():
         weight = by_path(task.weights)[name]
         expected_mean, expected_std = 0.0, 0.88 / math.sqrt(256)
         if name in std_of:
@@ -339,6 +339,7 @@ def changes(kind: str, width: int, heads: int | None, parametrization: mup.Param
     optimizer = lopt.adamw(3e-3, update_multipliers=task.update_multipliers)
     probe, _ = task.sample(jax.random.key(1), dataset.train)
 
+    init = quick_jit(task.init)
     forward = quick_jit(lambda params: task.forward(params, probe)[1])
 
     @quick_jit
@@ -349,7 +350,7 @@ def changes(kind: str, width: int, heads: int | None, parametrization: mup.Param
 
     squares = []
     for key in jax.random.split(jax.random.key(0), seeds):
-        params = task.init(key)
+        params = init(key)
         state, before = optimizer.init(params), forward(params)
         for step_key in jax.random.split(key, 10):
             params, state = train_step(params, state, step_key)
