@@ -469,7 +469,7 @@ EXPERIMENTS = {
     "width": f"--sweep width {FOUR} {{results}}/mulo_s.npz {BOTH} {CIFAR} --tune both --tune-seeds 2 --seeds 4 "
              "--widths 32 128 512",
     "width-2048": f"--sweep width --theta {{results}}/mulo_m.npz --baselines adamw {CIFAR} --tune both --tune-seeds 1 "
-                  "--seeds 2 --widths 32 2048",
+                  "--seeds 3 --widths 32 1024 2048",
     "width-2048-short": f"--sweep width --theta {{results}}/mulo_s.npz {{results}}/lo_s.npz --baselines adamw {CIFAR} "
                         "--tune both --tune-seeds 1 --steps 300 --seeds 2 --widths 32 2048",
     "depth": f"--sweep depth {FOUR} {BOTH} {CIFAR} --seeds 2 --widths 32 128",
