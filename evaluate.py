@@ -477,7 +477,8 @@ EXPERIMENTS = {
     "pre-activations": f"--sweep coordinate-check {PAIR} {CIFAR} --steps 500 --seeds 2 --widths 32 128 512",
     "coordinate-check": f"--sweep coordinate-check {ONE_WIDTH} {{results}}/mulo_m.npz {CIFAR} --steps 100 "
                         "--seeds 2 --widths 32 64 128 256 512 1024",
-    "vit": f"--sweep width --task vit --patch 2 {ONE_WIDTH} {BOTH} {CIFAR} --steps 300 --seeds 2 --widths 32 64 128",
+    "vit": f"--sweep width --task vit --patch 2 {FOUR} {{results}}/mulo_s.npz {BOTH} {CIFAR} --steps 300 --seeds 2 "
+           "--widths 32 64 128",
     "lm": f"--sweep width --task lm {ONE_WIDTH} {BOTH} {TEXT} --batch-size 16 --steps 300 --seeds 2 --tune-seeds 1 "
           "--widths 32 64 128"}
 QUICK = {"quick": f"--sweep width {FOUR} --baselines adamw --widths 32 128 512 --steps 300 --seeds 2"}
