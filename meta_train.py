@@ -4,6 +4,7 @@
     python meta_train.py --parametrization sp              the same in the standard parametrization
     python meta_train.py --preset paper-m --dataset imagenet32 --data-dir data     the paper's μLO_M
     python meta_train.py --out runs/a --resume             goes on where runs/a was interrupted
+    python meta_train.py --theta runs/a/theta.npz --widths 64 128     a new run that begins with the θ of another
 
 One meta-step perturbs θ for N antithetic pairs of inner runs on every task, moves all of them K inner steps on, makes
 the PES estimate of the meta-gradient of that (es.py), and takes a step of AdamW on θ (lopt.py); it is one jitted
@@ -89,6 +90,7 @@ class Settings:
     exp_mult: float = 0.001
     weight_decay: float = 1e-4
     matmul_precision: str = "highest"
+    theta: str | None = None
     seed: int = 0
 
 
@@ -200,6 +202,21 @@ def step_mult(settings: Settings) -> float:
     return STEP_MULT[settings.parametrization] if settings.step_mult is None else settings.step_mult
 
 
+def read_first_theta(settings: Settings) -> tuple[dict[str, Array] | None, dict[str, Any] | None]:
+    """(θ, metadata) of the file to begin with, or (None, None). Raises ValueError where the scales of its updates or
+    its parametrization are not those of the settings: the same θ would then be another optimizer."""
+    if settings.theta is None:
+        return None, None
+    theta, metadata = lopt.load_theta(settings.theta)
+    before = dict(zip(("parametrization", *MULTIPLIERS), mup.parametrization_of(metadata)),
+                  step_mult=metadata["step_mult"], exp_mult=metadata["exp_mult"])
+    now = {name: getattr(settings, name) for name in before} | {"step_mult": step_mult(settings)}
+    if wrong := [f"--{name.replace('_', '-')} {before[name]}, not {now[name]}"
+                 for name in before if before[name] != now[name]]:
+        raise ValueError(f"--theta {settings.theta}: was meta-trained with {'; '.join(wrong)}")
+    return theta, metadata
+
+
 def learning_rate_schedule(settings: Settings) -> Callable[[Array], Array]:
     """μLO's: linear warm-up from 3e-10, then a cosine that ends at 98% of the meta-steps (4,900 of 5,000)."""
     warmup = min(settings.warmup_steps, settings.meta_steps)
@@ -207,8 +224,11 @@ def learning_rate_schedule(settings: Settings) -> Callable[[Array], Array]:
                               max(settings.meta_steps * 98 // 100, warmup + 1))
 
 
-def make_functions(settings: Settings, inner_tasks: Sequence[tasks.Task], mesh: Mesh) -> tuple[Callable, Callable]:
+def make_functions(settings: Settings, inner_tasks: Sequence[tasks.Task], mesh: Mesh,
+                   first_theta: Tree | None = None) -> tuple[Callable, Callable]:
     """(init() → MetaState, meta_step(state, split) → (state, metrics)), both jitted over the devices of the mesh.
+
+    first_theta: θ to begin with, None for a random one.
 
     Each device holds and unrolls its share of every task's pairs; only the pairs' gradients travel between them.
     θ is one vector here: with an operation for each of its nine arrays, XLA would take seconds longer to compile.
@@ -248,7 +268,7 @@ def make_functions(settings: Settings, inner_tasks: Sequence[tasks.Task], mesh: 
         return jax.tree.map(mean, *gradients), mean(*losses), pairs
 
     def init() -> MetaState:
-        theta, _ = ravel_pytree(lopt.init_theta(theta_key))
+        theta, _ = ravel_pytree(lopt.init_theta(theta_key) if first_theta is None else first_theta)
         return MetaState(theta, adam.init(theta), init_pairs(theta), jnp.zeros((), jnp.int32))
 
     def meta_step(state: MetaState, split: tasks.Split) -> tuple[MetaState, Metrics]:
@@ -504,15 +524,17 @@ def stop_signals():
 
 
 def train(settings: Settings, inner_tasks: Sequence[tasks.Task], dataset: tasks.Dataset, mesh: Mesh, out: Out,
-          start: dict[str, np.ndarray] | None, checkpoint_every: tuple[float, str],
-          stall_seconds: float) -> tuple[dict[str, Array], int]:
-    """Meta-trains from the start, or from the arrays of a checkpoint. Returns (θ, the signal that stopped it or 0)."""
-    init, meta_step = make_functions(settings, inner_tasks, mesh)
+          first_theta: Tree | None, start: dict[str, np.ndarray] | None, record: dict[str, Any],
+          checkpoint_every: tuple[float, str], stall_seconds: float) -> tuple[dict[str, Array], int]:
+    """Meta-trains from a θ (None for a random one), or from the arrays of a checkpoint.
+
+    record: what the checkpoints say of the run. Returns (θ, the signal that stopped it or 0).
+    """
+    init, meta_step = make_functions(settings, inner_tasks, mesh, first_theta)
     split = replicate(dataset.train, mesh)
     state = init()
     if start is not None:
         state = restore(start, state)
-    record = {"settings": dataclasses.asdict(settings), "data": fingerprint(dataset)}
     step = int(state.meta_step)
     writes = out.process == 0
     need = 3 * out.save(state, record)
@@ -684,6 +706,7 @@ def make_parser() -> CommandLine:
     flags.add_argument("--step-mult", type=float, metavar="c",
                        help="scale of all updates (default: 0.003 (laptop), 0.01 (paper), 0.001 in SP)")
     flags.add_argument("--exp-mult", type=float, metavar="c", help="scale of the log-magnitudes (default: 0.001)")
+    flags.add_argument("--theta", metavar="FILE", help="begin with this θ (default: a random one)")
     flags.add_argument("--seed", type=int, metavar="S", help="decides everything that is random (default: 0)")
     flags = parser.add_argument_group("the run")
     flags.add_argument("--out", metavar="DIR",
@@ -761,8 +784,13 @@ def run(argv: Sequence[str] | None) -> int:
             jax.config.update("jax_default_matmul_precision", settings.matmul_precision)
     mesh = make_mesh(settings.pairs, args.devices)
     dataset = load_data(settings, args.download)
-    if start is not None and record["data"] != fingerprint(dataset):
+    first_theta = None
+    if start is None:
+        first_theta, origin = read_first_theta(settings)
+        record = {"data": fingerprint(dataset), "origin": origin}
+    elif record["data"] != fingerprint(dataset):
         raise ValueError(f"cannot resume: the training data of {dataset.name} are not those of the run in {folder}")
+    record = record | {"settings": dataclasses.asdict(settings)}
     inner_tasks = [make_task(settings, dataset, width, settings.depth, parametrization(settings))
                    for width in settings.widths]
     out = out or Out(folder, args.resume)  # everything else has been checked before the first file is written
@@ -771,9 +799,11 @@ def run(argv: Sequence[str] | None) -> int:
         print(f"meta-training a {'μLO' if settings.parametrization == 'mup' else 'SP LO'} on {dataset.name}, widths "
               f"{' '.join(map(str, settings.widths))}, {settings.pairs} pairs each, on {mesh.devices.size} "
               f"{jax.devices()[0].platform} device(s); output in {folder}" +
+              (f"; beginning with {settings.theta}" if first_theta is not None else "") +
               (f"; going on after meta-step {step}" if start is not None else ""))
     try:
-        theta, stopped = train(settings, inner_tasks, dataset, mesh, out, start, checkpoint_every, args.stall_seconds)
+        theta, stopped = train(settings, inner_tasks, dataset, mesh, out, first_theta, start, record,
+                               checkpoint_every, args.stall_seconds)
     except OSError as error:
         raise ValueError(f"{out.metrics_path}: cannot be written ({error.strerror}); the last checkpoint is whole, "
                          "free some space and go on with --resume") from None
@@ -783,7 +813,8 @@ def run(argv: Sequence[str] | None) -> int:
     if out.process == 0:
         metadata = {"step_mult": step_mult(settings), "exp_mult": settings.exp_mult,
                     "parametrization": settings.parametrization,
-                    **{name: getattr(settings, name) for name in MULTIPLIERS}, "settings": dataclasses.asdict(settings)}
+                    **{name: getattr(settings, name) for name in MULTIPLIERS}, "settings": dataclasses.asdict(settings),
+                    "origin": record.get("origin")}
         lopt.save_theta(out.folder / "theta.npz", jax.device_get(theta), **metadata)
         print(f"wrote {out.folder / 'theta.npz'} after {(time.monotonic() - began) / 60:.1f} minutes")
         if args.report_steps:

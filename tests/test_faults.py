@@ -35,10 +35,10 @@ def quick():
     """One synthetic data set, one compilation for all runs of the same settings, no optimization by XLA."""
     programs = {}
 
-    def make_functions(settings, inner_tasks, mesh, make=meta_train.make_functions):
+    def make_functions(settings, inner_tasks, mesh, first_theta, make=meta_train.make_functions):
         key = settings, mesh
         if key not in programs:
-            programs[key] = make(settings, inner_tasks, mesh)
+            programs[key] = make(settings, inner_tasks, mesh, first_theta)
         return programs[key]
 
     jax.config.update("jax_disable_most_optimizations", True)
@@ -105,6 +105,7 @@ META_NUMBERS = ("sigma", "learning-rate", "final-learning-rate", "step-mult", "i
 NO_CHOICE = ("no-such-thing", "", "MLP", "0")
 NO_INTEGER = ("x", "1.5", "nan", "")
 NO_NUMBER = ("x", "-1", "nan", "inf", "-inf", "1e39", "")
+NO_THETA = ("absent.npz", "file", "full", "empty.npz", "text.txt")
 HUGE = 10**25
 
 BOTH = [
@@ -150,6 +151,9 @@ META = [
     ("--resume --out @/file", "file"), ("--coordinator localhost:1", "need --distributed"),
     ("--processes 2 --process-id 0", "need --distributed"), ("--distributed", "--distributed needs --out"),
     ("--distributed --out new --processes 2", "go together"),
+    *[(f"--theta @/{name}", name) for name in NO_THETA],
+    ("--theta @/theta.npz", "was meta-trained with --output-mult 2.0, not 16.0; --step-mult 0.01, not 0.003"),
+    ("--theta @/theta.npz --parametrization sp", "--parametrization mup, not sp"),
     ("--distributed --out new --processes 2 --process-id 2 --coordinator localhost:1", "--process-id 2")]
 
 EVALUATE = [
@@ -159,7 +163,7 @@ EVALUATE = [
     *[(f"--baselines adamw --sweep depth --depths {value}", "--depths")
       for value in (*NO_INTEGER, 0, -1, HUGE, "3 3")],
     *each(("baselines", "reproduce"), *NO_CHOICE),
-    *[(f"--theta @/{name}", name) for name in ("absent.npz", "file", "full", "empty.npz", "text.txt")]]
+    *[(f"--theta @/{name}", name) for name in NO_THETA]]
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +177,8 @@ def inputs(tmp_path_factory):
     (folder / "short.txt").write_text("too short")
     (folder / "binary.txt").write_bytes(bytes(range(256)) * 99)
     (folder / "text.txt").write_text("To be, or not to be. " * 2000)
+    lopt.save_theta(folder / "theta.npz", lopt.init_theta(jax.random.key(0)), parametrization="mup", output_mult=2.0,
+                    hidden_lr_mult=16.0, step_mult=0.01, exp_mult=0.001)
     return folder
 
 
@@ -411,6 +417,24 @@ def test_more_meta_steps_go_on_and_fewer_are_refused(finished, copy, capsys):
     rows = results(copy)[1]
     assert rows[:STEPS + 1] == results(finished)[1]
     assert [row[0] for row in rows[1:]] == [str(i + 1) for i in range(STEPS + 2)]
+
+
+def test_begins_with_a_given_theta(finished, tmp_path, capsys):
+    """Other widths, the θ of the file; resumed without that file; the new θ names the old one's settings."""
+    before, out = pathlib.Path(shutil.copy(finished / "theta.npz", tmp_path)), tmp_path / "out"
+    theta, metadata = lopt.load_theta(before)
+    flags = ["--widths", 5, "--warmup-steps", 100, "--theta", before, "--out", out]
+    assert command(*TINY, "--meta-steps", 1, *flags) == 0
+    assert f"beginning with {before}" in capsys.readouterr().out
+    after, _ = lopt.load_theta(out / "theta.npz")
+    # the first meta-step's learning rate is 3e-10 and the update's norm at most 1: only the last bit may differ
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-7, atol=1e-9), after, theta)
+    before.unlink()
+    assert command(*RESUME, "--out", out, "--meta-steps", 2) == 0
+    assert "after meta-step 1\n" in capsys.readouterr().out
+    after, origin = lopt.load_theta(out / "theta.npz")[0], lopt.load_theta(out / "theta.npz")[1]["origin"]
+    assert origin == metadata and origin["settings"]["widths"] == [4]
+    assert any(np.any(after[name] != theta[name]) for name in theta)
 
 
 def test_number_of_devices_may_be_left_out_on_resuming(monkeypatch):
