@@ -69,12 +69,13 @@ class Contender(NamedTuple):
     theta: dict[str, Array] | None = None
     step_mult: float = 0.0
     exp_mult: float = 0.0
+    base_width: int = 0
     start: Hyper = Hyper()
     factors: dict[str, float] = {}
 
     def task(self, make_task: MakeTask, hyper: Hyper) -> tasks.Task:
         """The task in the contender's parametrization."""
-        return make_task(mup.Parametrization(self.parametrization, *hyper[1:]))
+        return make_task(mup.Parametrization(self.parametrization, *hyper[1:], self.base_width))
 
     def optimizer(self, task: tasks.Task, hyper: Hyper, seeds: int) -> lopt.Optimizer:
         """The optimizer for a task that is trained with so many seeds side by side."""
@@ -82,7 +83,8 @@ class Contender(NamedTuple):
             return lopt.adamw(hyper.learning_rate, update_multipliers=task.update_multipliers)
         chunk = lopt.default_chunk(seeds // len(devices_for(seeds)))
         return lopt.learned_optimizer(self.theta, step_mult=self.step_mult, exp_mult=self.exp_mult,
-                                      update_multipliers=task.update_multipliers, chunk=chunk)
+                                      update_multipliers=task.update_multipliers,
+                                      gradient_multiplier=task.gradient_multiplier, chunk=chunk)
 
 
 # μAdam's multiplier of hidden updates is 1/fan_in, with no base width: hidden_lr_mult is of the order of a width.
@@ -100,9 +102,9 @@ def load_contenders(paths: Sequence[str], baselines: Sequence[str]) -> list[Cont
     for path, stem in zip(paths, stems):
         theta, metadata = lopt.load_theta(path)
         name = stem if stems.count(stem) == 1 else path.removesuffix(".npz")
-        parametrization, *multipliers = mup.parametrization_of(metadata)
+        parametrization, *multipliers, base_width = mup.parametrization_of(metadata)
         contenders.append(Contender(name, parametrization, theta, metadata["step_mult"], metadata["exp_mult"],
-                                    Hyper(0.0, *multipliers)))
+                                    base_width, Hyper(0.0, *multipliers)))
     return contenders + [BASELINES[name] for name in baselines]
 
 

@@ -272,12 +272,14 @@ def _update_factored(theta, averages: Averages, g, p, from_step, step_mult, exp_
 
 
 def learned_optimizer(theta: dict[str, Array], *, step_mult: float, exp_mult: float = 0.001,
-                      update_multipliers: Tree | None = None, chunk: int | None = None) -> Optimizer:
+                      update_multipliers: Tree | None = None, gradient_multiplier: float = 1.0,
+                      chunk: int | None = None) -> Optimizer:
     """small_fc_lopt with weights θ, as an optax-style pair.
 
     theta: arrays of THETA_SHAPES. update_multipliers: a tree like the params, of numbers (μP update multipliers;
-    default 1). chunk: weights that go through the MLP at once (default: CHUNK of the backend); when R networks are
-    updated side by side by vmap, divide it by R. Raises ValueError when θ is not of THETA_SHAPES.
+    default 1). gradient_multiplier: of all gradients, before anything else. chunk: weights that go through the MLP at
+    once (default: CHUNK of the backend); when R networks are updated side by side by vmap, divide it by R. Raises
+    ValueError when θ is not of THETA_SHAPES.
     """
     shapes = {name: np.shape(value) for name, value in theta.items()}
     if shapes != THETA_SHAPES:
@@ -294,7 +296,7 @@ def learned_optimizer(theta: dict[str, Array], *, step_mult: float, exp_mult: fl
         from_step = (step_features(state.step) @ theta["w0"][FROM_STEP] + theta["b0"])[:, None]  # (H, 1)
         updates, averages = [], []
         for g, p, old, multiplier in zip(treedef.flatten_up_to(grads), leaves, state.averages, multipliers):
-            g = jnp.where(jnp.isfinite(g), g, 0.0)
+            g = gradient_multiplier * jnp.where(jnp.isfinite(g), g, 0.0)
             (g, restore), (p, _) = _view(g), _view(p)
             new = update_averages(theta, old, g)
             step = (_update_unfactored(theta, new, g, p, from_step, step_mult, exp_mult) if new.c is None else
@@ -469,12 +471,13 @@ def load_theta(path: str | os.PathLike) -> tuple[dict[str, Array], dict[str, Any
         metadata = json.loads(arrays.pop("metadata").tobytes())
         multipliers = [float(metadata["step_mult"]), float(metadata["exp_mult"]),
                        *[float(metadata.get(name, 1.0)) for name in ("input_mult", "output_mult", "hidden_lr_mult")]]
-        known = metadata["parametrization"] in ("mup", "sp")
+        known = metadata["parametrization"] in ("mup", "sp") and 0 <= float(metadata.get("base_width", 0)) < np.inf
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: its metadata do not give step_mult, exp_mult and parametrization "
                          f"({error})") from None
     if not known or not np.isfinite(multipliers).all():
-        raise ValueError(f"{path}: its metadata have an unknown parametrization or a multiplier that is not finite")
+        raise ValueError(f"{path}: its metadata have an unknown parametrization or base width, or a multiplier that is "
+                         "not finite")
     for name, shape in THETA_SHAPES.items():
         value = arrays[name]
         if value.shape != shape or value.dtype != np.float32 or not np.isfinite(value).all():

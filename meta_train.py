@@ -4,7 +4,7 @@
     python meta_train.py --parametrization sp              the same in the standard parametrization
     python meta_train.py --preset paper-m --dataset imagenet32 --data-dir data     the paper's μLO_M
     python meta_train.py --out runs/a --resume             goes on where runs/a was interrupted
-    python meta_train.py --theta runs/a/theta.npz --widths 64 128     a new run that begins with the θ of another
+    python meta_train.py --first-theta runs/a/theta.npz    a new run that begins with the θ of another
 
 One meta-step perturbs θ for N antithetic pairs of inner runs on every task, moves all of them K inner steps on, makes
 the PES estimate of the meta-gradient of that (es.py), and takes a step of AdamW on θ (lopt.py); it is one jitted
@@ -65,6 +65,7 @@ class Settings:
     input_mult: float = 1.0
     output_mult: float = 1.0
     hidden_lr_mult: float = 1.0
+    base_width: int = 0
     dataset: str = "synthetic"
     data_dir: str | None = None
     image_size: int | None = None
@@ -90,7 +91,7 @@ class Settings:
     exp_mult: float = 0.001
     weight_decay: float = 1e-4
     matmul_precision: str = "highest"
-    theta: str | None = None
+    first_theta: str | None = None
     seed: int = 0
 
 
@@ -100,7 +101,7 @@ PAPER = dict(dataset="imagenet32", batch_size=4096, meta_steps=5000)
 PRESETS = {"laptop": dict(output_mult=16.0, hidden_lr_mult=16.0, step_mult=0.003),
            "paper-s": PAPER | {"widths": (128,)}, "paper-m": PAPER | {"widths": (128, 512, 1024)}}
 STEP_MULT = {"mup": 0.01, "sp": 0.001}  # μLO divides a hidden weight's update by its fan_in, hence takes larger steps
-MULTIPLIERS = mup.Parametrization._fields[1:]
+MULTIPLIERS = mup.Parametrization._fields[1:4]
 MAY_CHANGE = ("meta_steps", "data_dir")  # on resuming; meta_steps upward only
 
 
@@ -139,6 +140,8 @@ def check(settings: Settings) -> None:
         need(name == "seed" or not isinstance(largest, int) or largest < 2**31, name, "is too large")
     for name in MULTIPLIERS:
         need(settings.parametrization == "mup" or getattr(settings, name) == 1, name, "SP has no multipliers")
+    need(settings.base_width >= 0, "base_width", "must not be negative")
+    need(settings.parametrization == "mup" or settings.base_width == 0, "base_width", "SP has none")
     need(len(settings.widths) > 0 and min(settings.widths) >= 1, "widths", "must be at least 1")
     need(len(set(settings.widths)) == len(settings.widths), "widths", "a width is repeated")
     need(settings.truncation <= settings.min_length, "truncation",
@@ -194,7 +197,8 @@ class Metrics(NamedTuple):
 
 def parametrization(settings: Settings) -> mup.Parametrization:
     """That of the inner networks, with its multipliers."""
-    return mup.Parametrization(settings.parametrization, *[getattr(settings, name) for name in MULTIPLIERS])
+    return mup.Parametrization(settings.parametrization, *[getattr(settings, name) for name in MULTIPLIERS],
+                               settings.base_width)
 
 
 def step_mult(settings: Settings) -> float:
@@ -205,15 +209,15 @@ def step_mult(settings: Settings) -> float:
 def read_first_theta(settings: Settings) -> tuple[dict[str, Array] | None, dict[str, Any] | None]:
     """(θ, metadata) of the file to begin with, or (None, None). Raises ValueError where the scales of its updates or
     its parametrization are not those of the settings: the same θ would then be another optimizer."""
-    if settings.theta is None:
+    if settings.first_theta is None:
         return None, None
-    theta, metadata = lopt.load_theta(settings.theta)
+    theta, metadata = lopt.load_theta(settings.first_theta)
     before = dict(zip(("parametrization", *MULTIPLIERS), mup.parametrization_of(metadata)),
                   step_mult=metadata["step_mult"], exp_mult=metadata["exp_mult"])
     now = {name: getattr(settings, name) for name in before} | {"step_mult": step_mult(settings)}
     if wrong := [f"--{name.replace('_', '-')} {before[name]}, not {now[name]}"
                  for name in before if before[name] != now[name]]:
-        raise ValueError(f"--theta {settings.theta}: was meta-trained with {'; '.join(wrong)}")
+        raise ValueError(f"--first-theta {settings.first_theta}: was meta-trained with {'; '.join(wrong)}")
     return theta, metadata
 
 
@@ -247,7 +251,7 @@ def make_functions(settings: Settings, inner_tasks: Sequence[tasks.Task], mesh: 
     def optimizer(task: tasks.Task) -> Callable[[Tree], lopt.Optimizer]:
         return lambda theta: lopt.learned_optimizer(
             lopt.theta_from_vector(theta), step_mult=step_mult(settings), exp_mult=settings.exp_mult,
-            update_multipliers=task.update_multipliers, chunk=chunk)
+            update_multipliers=task.update_multipliers, gradient_multiplier=task.gradient_multiplier, chunk=chunk)
 
     def keys_here(task_index: int) -> Array:
         pairs = jax.lax.axis_index("pairs") * share + jnp.arange(share)
@@ -629,7 +633,8 @@ def report(settings: Settings, dataset: tasks.Dataset, theta: dict[str, Array], 
     for width in (settings.widths[0], 16 * settings.widths[0]):
         task = make_task(settings, dataset, width, settings.depth, parametrization(settings))
         learned = lopt.learned_optimizer(theta, step_mult=metadata["step_mult"], exp_mult=metadata["exp_mult"],
-                                         update_multipliers=task.update_multipliers)
+                                         update_multipliers=task.update_multipliers,
+                                         gradient_multiplier=task.gradient_multiplier)
         mine = jax.jit(lambda split: tasks.train(task, learned, split, key, steps)[1])(dataset.train)
         plain = make_task(settings, dataset, width, settings.depth, mup.SP)
         adam = jax.jit(jax.vmap(lambda rate, split: tasks.train(plain, lopt.adamw(rate), split, key, steps)[1],
@@ -686,6 +691,9 @@ def make_parser() -> CommandLine:
                         help="of the logits (default: 16 (laptop), 1 (paper)),")
     parser.add_argument("--hidden-lr-mult", type=float, metavar="c",
                         help="and of the updates of hidden weights (default: 16 (laptop), 1 (paper))")
+    parser.add_argument("--base-width", type=int, metavar="W",
+                        help="multiply gradients by width/W before the learned optimizer sees them, so that its ε weigh "
+                        "the same at all widths (default: 0, not at all, as in the paper)")
     add_task_flags(parser)
     flags = parser.add_argument_group("PES")
     flags.add_argument("--pairs", type=int, metavar="N", help="antithetic pairs of runs for each width (default: 8)")
@@ -706,7 +714,7 @@ def make_parser() -> CommandLine:
     flags.add_argument("--step-mult", type=float, metavar="c",
                        help="scale of all updates (default: 0.003 (laptop), 0.01 (paper), 0.001 in SP)")
     flags.add_argument("--exp-mult", type=float, metavar="c", help="scale of the log-magnitudes (default: 0.001)")
-    flags.add_argument("--theta", metavar="FILE", help="begin with this θ (default: a random one)")
+    flags.add_argument("--first-theta", metavar="FILE", help="begin with this θ (default: a random one)")
     flags.add_argument("--seed", type=int, metavar="S", help="decides everything that is random (default: 0)")
     flags = parser.add_argument_group("the run")
     flags.add_argument("--out", metavar="DIR",
@@ -799,7 +807,7 @@ def run(argv: Sequence[str] | None) -> int:
         print(f"meta-training a {'μLO' if settings.parametrization == 'mup' else 'SP LO'} on {dataset.name}, widths "
               f"{' '.join(map(str, settings.widths))}, {settings.pairs} pairs each, on {mesh.devices.size} "
               f"{jax.devices()[0].platform} device(s); output in {folder}" +
-              (f"; beginning with {settings.theta}" if first_theta is not None else "") +
+              (f"; beginning with {settings.first_theta}" if first_theta is not None else "") +
               (f"; going on after meta-step {step}" if start is not None else ""))
     try:
         theta, stopped = train(settings, inner_tasks, dataset, mesh, out, first_theta, start, record,
@@ -813,8 +821,8 @@ def run(argv: Sequence[str] | None) -> int:
     if out.process == 0:
         metadata = {"step_mult": step_mult(settings), "exp_mult": settings.exp_mult,
                     "parametrization": settings.parametrization,
-                    **{name: getattr(settings, name) for name in MULTIPLIERS}, "settings": dataclasses.asdict(settings),
-                    "origin": record.get("origin")}
+                    **{name: getattr(settings, name) for name in (*MULTIPLIERS, "base_width")},
+                    "settings": dataclasses.asdict(settings), "origin": record.get("origin")}
         lopt.save_theta(out.folder / "theta.npz", jax.device_get(theta), **metadata)
         print(f"wrote {out.folder / 'theta.npz'} after {(time.monotonic() - began) / 60:.1f} minutes")
         if args.report_steps:

@@ -16,10 +16,11 @@ Every weight tensor of an inner network is declared once, where it is used, as a
 
 Everything else follows from the declarations: `init` draws the weights, `linear` applies a layer with its
 forward multiplier, `attention_scale` and `update_multipliers` give the rest. In the standard parametrization
-(SP) the same calls give the SP column, and every multiplier is 1.
+(SP) the same calls give the SP column, and every multiplier is 1. One thing goes beyond μLO, and is off unless a base
+width is given: `gradient_multiplier`.
 
 Sources: TP5 (arXiv 2203.03466, its Table 8: μP for Adam) and μLO (arXiv 2406.00153), where the multiplier 1/fan_in
-of Adam's learning rate becomes the multiplier of a learned optimizer's update.
+of Adam's learning rate becomes the multiplier of a learned optimizer's update. For ε: arXiv 2407.05872.
 
 Dimensions: B batch, D fan_in of a layer, W fan_out of a layer.
 """
@@ -38,11 +39,15 @@ KINDS = ("input", "hidden", "output", "vector")
 
 
 class Parametrization(NamedTuple):
-    """"mup" or "sp", with the three multipliers that μP leaves to be tuned (SP has none: they stay 1)."""
+    """"mup" or "sp", with the three multipliers that μP leaves to be tuned (SP has none: they stay 1).
+
+    base_width: that of `gradient_multiplier`, 0 for none.
+    """
     name: str = "mup"
     input_mult: float | Array = 1.0
     output_mult: float | Array = 1.0
     hidden_lr_mult: float | Array = 1.0
+    base_width: int = 0
 
     @property
     def is_mup(self) -> bool:
@@ -56,8 +61,8 @@ MUP, SP = Parametrization("mup"), Parametrization("sp")
 
 def parametrization_of(metadata: dict[str, Any]) -> Parametrization:
     """The parametrization, with its multipliers, that θ was meta-trained in, from the metadata of its file."""
-    return Parametrization(metadata["parametrization"],
-                           *[metadata.get(name, 1.0) for name in Parametrization._fields[1:]])
+    given = {name: metadata[name] for name in Parametrization._fields[1:] if name in metadata}
+    return Parametrization(metadata["parametrization"], **given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +152,19 @@ def update_multiplier(weight: Weight, parametrization: Parametrization) -> float
 def update_multipliers(weights: Tree, parametrization: Parametrization) -> Tree:
     """The update multiplier of every weight: a tree of `Weight`s → the same tree of numbers."""
     return jax.tree.map(lambda w: update_multiplier(w, parametrization), weights)
+
+
+def gradient_multiplier(weights: Tree, parametrization: Parametrization) -> float:
+    """By what a learned optimizer's gradients are multiplied: fan_in of the read-out / base_width; 1 without one.
+
+    In μP every gradient falls as 1/width, since the logits are multiplied by output_mult/fan_in. The update should not
+    change with that, but small_fc_lopt's features have absolute ε, which rule where gradients are small. With this
+    multiplier a θ sees in a network of any width gradients as large as at the base width. It is ours, not μLO's; that
+    Adam's ε must be scaled with the width, too, is from Everett et al. (arXiv 2407.05872).
+    """
+    if not parametrization.base_width:
+        return 1.0
+    return max(w.fan_in for w in jax.tree.leaves(weights) if w.kind == "output") / parametrization.base_width
 
 
 def linear(weights: dict[str, Weight], params: dict[str, Array], x: Array,

@@ -86,6 +86,11 @@ class Task(NamedTuple):
         """The μP update multiplier of every weight (all 1 in SP)."""
         return mup.update_multipliers(self.weights, self.parametrization)
 
+    @property
+    def gradient_multiplier(self) -> float:
+        """By what a learned optimizer's gradients are multiplied (1 unless the parametrization has a base width)."""
+        return mup.gradient_multiplier(self.weights, self.parametrization)
+
 
 # ---------------------------------------------------------------------------------------------------------
 # Data sets

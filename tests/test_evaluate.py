@@ -137,10 +137,11 @@ def test_each_theta_runs_by_its_metadata_and_divergence_is_no_nan(theta, tmp_pat
     assert (mine["optimizer"], mine["tuned"], mine["diverged"], mine["learning_rate"]) == ("mine", "-", "0", "-")
     assert 1.5 < float(mine["loss"]) < 3.4 and float(mine["test_loss"]) > 1.5
     assert "nan" not in capsys.readouterr().out + (tmp_path / "width.csv").read_text()
-    lopt.save_theta(wild, arrays, step_mult=0.01, exp_mult=0.001, parametrization="mup", output_mult=3.0)
+    lopt.save_theta(wild, arrays, step_mult=0.01, exp_mult=0.001, parametrization="mup", output_mult=3.0,
+                    base_width=8)
     [contender] = evaluate.load_contenders([str(wild)], [])
     make_task = lambda parametrization: parametrization
-    assert contender.task(make_task, contender.start) == meta_train.mup.Parametrization("mup", 1.0, 3.0, 1.0)
+    assert contender.task(make_task, contender.start) == meta_train.mup.Parametrization("mup", 1.0, 3.0, 1.0, 8)
 
 
 def test_tune_walks_to_the_optimum():

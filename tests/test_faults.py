@@ -35,7 +35,7 @@ def quick():
     """One synthetic data set, one compilation for all runs of the same settings, no optimization by XLA."""
     programs = {}
 
-    def make_functions(settings, inner_tasks, mesh, first_theta, make=meta_train.make_functions):
+    def make_functions(settings, inner_tasks, mesh, first_theta=None, make=meta_train.make_functions):
         key = settings, mesh
         if key not in programs:
             programs[key] = make(settings, inner_tasks, mesh, first_theta)
@@ -142,7 +142,8 @@ META = [
       for value in ("0", "-3", "x", "1.5", "0m", "nanm", "infm", "m", "", "10s")],
     ("--truncation 200", "--truncation 200: longer than the shortest run"),
     ("--min-length 3000", "--min-length 3000: longer than the longest run"),
-    *each(("max-offset",), *NO_INTEGER, 0, -1, 101, HUGE),
+    *each(("max-offset",), *NO_INTEGER, 0, -1, 101, HUGE), *each(("base-width",), *NO_INTEGER, -1, HUGE),
+    ("--parametrization sp --base-width 8", "--base-width 8: SP has none"),
     ("--meta-steps 100000000", "--meta-steps 100000000"), ("--max-length 2000000000", "--max-length"),
     ("--devices 3", "--pairs 8: does not divide over 3 devices"),
     ("--devices 16", "--devices 16: there are only 8"),
@@ -151,9 +152,9 @@ META = [
     ("--resume --out @/file", "file"), ("--coordinator localhost:1", "need --distributed"),
     ("--processes 2 --process-id 0", "need --distributed"), ("--distributed", "--distributed needs --out"),
     ("--distributed --out new --processes 2", "go together"),
-    *[(f"--theta @/{name}", name) for name in NO_THETA],
-    ("--theta @/theta.npz", "was meta-trained with --output-mult 2.0, not 16.0; --step-mult 0.01, not 0.003"),
-    ("--theta @/theta.npz --parametrization sp", "--parametrization mup, not sp"),
+    *[(f"--first-theta @/{name}", name) for name in NO_THETA],
+    ("--first-theta @/theta.npz", "was meta-trained with --output-mult 2.0, not 16.0; --step-mult 0.01, not 0.003"),
+    ("--first-theta @/theta.npz --parametrization sp", "--parametrization mup, not sp"),
     ("--distributed --out new --processes 2 --process-id 2 --coordinator localhost:1", "--process-id 2")]
 
 EVALUATE = [
@@ -423,7 +424,7 @@ def test_begins_with_a_given_theta(finished, tmp_path, capsys):
     """Other widths, the θ of the file; resumed without that file; the new θ names the old one's settings."""
     before, out = pathlib.Path(shutil.copy(finished / "theta.npz", tmp_path)), tmp_path / "out"
     theta, metadata = lopt.load_theta(before)
-    flags = ["--widths", 5, "--warmup-steps", 100, "--theta", before, "--out", out]
+    flags = ["--widths", 5, "--warmup-steps", 100, "--first-theta", before, "--out", out]
     assert command(*TINY, "--meta-steps", 1, *flags) == 0
     assert f"beginning with {before}" in capsys.readouterr().out
     after, _ = lopt.load_theta(out / "theta.npz")

@@ -1,5 +1,6 @@
 """The optimizers against the numbers of the reference implementations, and their interface."""
 
+import functools
 import json
 
 import jax
@@ -39,6 +40,19 @@ def test_learned_optimizer_meets_the_reference(name, chunk):
         params = lopt.apply_updates(params, updates)
         for tensor, expected in tree(data, f"params{t + 1}").items():
             np.testing.assert_allclose(params[tensor], expected, rtol=0, atol=5e-6, err_msg=f"{tensor}, step {t}")
+
+
+def test_gradient_multiplier_is_of_the_gradients():
+    """Updates and averages are those of gradients that are as much larger; the μP multipliers are not touched."""
+    tree, theta = {"w": jnp.full((3, 2), 0.5), "b": jnp.full(2, 0.1)}, lopt.init_theta(jax.random.key(0))
+    grads = {"w": jnp.arange(6.0).reshape(3, 2) / 100, "b": jnp.asarray([0.02, jnp.nan])}
+    make = functools.partial(lopt.learned_optimizer, theta, step_mult=0.01, update_multipliers={"w": 0.25, "b": 1.0})
+    (plain, _), (same, state), (expected, averages) = [
+        jax.jit(optimizer.update)(g, optimizer.init(tree), tree) for optimizer, g in (
+            (make(), grads), (make(gradient_multiplier=8.0), grads),
+            (make(), jax.tree.map(lambda g: 8.0 * g, grads)))]
+    jax.tree.map(np.testing.assert_array_equal, (same, state), (expected, averages))  # 8 is a power of 2: no rounding
+    assert np.max(np.abs(plain["w"] - same["w"])) > 1e-3 * np.max(np.abs(same["w"]))
 
 
 def test_meta_adamw_meets_the_reference():
@@ -392,6 +406,8 @@ SPOILT = {
     "a parametrization that is a list": (with_metadata(parametrization=["mup"]), "parametrization"),
     "a step_mult that is a word": (with_metadata(step_mult="big"), "metadata"),
     "a step_mult that is not finite": (with_metadata(step_mult=float("nan")), "finite"),
+    "a negative base width": (with_metadata(base_width=-1), "base width"),
+    "a base width that is infinite": (with_metadata(base_width=float("inf")), "base width"),
     "a step_mult that is no float": (with_metadata(step_mult=10**400), "metadata"),
 }
 

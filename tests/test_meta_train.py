@@ -62,20 +62,27 @@ def test_many_devices_equal_one(dataset):
 
 
 def test_several_tasks_are_averaged():
-    """Beside a task that has no loss, the meta-loss and its gradient are halved, for the same pairs."""
-    def quadratic(scale):
+    """Beside a task that has no loss, the meta-loss and its gradient are halved, for the same pairs.
+
+    And the learned optimizer sees a task's gradients times its gradient multiplier: where the loss is halved and they
+    are doubled, the runs are the same.
+    """
+    def quadratic(scale, gradient_multiplier=1.0):
         draw = lambda key: jax.random.normal(key, (3,))
         return types.SimpleNamespace(init=draw, sample=lambda key, split: draw(key), max_loss=99.0,
-                                     update_multipliers=1.0, loss=lambda x, batch: scale * jnp.sum((x - batch) ** 2))
+                                     update_multipliers=1.0, gradient_multiplier=gradient_multiplier,
+                                     loss=lambda x, batch: scale * jnp.sum((x - batch) ** 2))
 
-    def first_metrics(scales):
-        init, meta_step = meta_train.make_functions(SETTINGS, [quadratic(scale) for scale in scales],
+    def first_metrics(inner_tasks):
+        init, meta_step = meta_train.make_functions(SETTINGS, inner_tasks,
                                                     Mesh(np.array(jax.devices()[:1]), ("pairs",)))
         return jax.device_get(meta_step(init(), ())[1])
 
-    one, both = side_by_side(first_metrics, [(1.0,), (1.0, 0.0)])
+    one, both, half = side_by_side(first_metrics, [[quadratic(1.0)], [quadratic(1.0), quadratic(0.0)],
+                                                   [quadratic(0.5, 2.0)]])
     assert one.meta_loss > 1 and one.grad_norm > 0
     np.testing.assert_allclose([both.meta_loss, both.grad_norm], [one.meta_loss / 2, one.grad_norm / 2], rtol=1e-5)
+    np.testing.assert_allclose([half.meta_loss, half.grad_norm], [one.meta_loss / 2, one.grad_norm / 2], rtol=1e-5)
 
 
 @pytest.mark.parametrize("preset, parametrization, expected", [
