@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import types
 
 import jax
 import numpy as np
@@ -126,7 +127,7 @@ def test_diverged_runs_are_named_and_counted():
     assert [row["loss"] for row in evaluate.smooth(losses, 5.0)] == ["diverged", "3.0000", "diverged"]
 
 
-def test_each_theta_runs_by_its_metadata_and_divergence_is_no_nan(theta, tmp_path, capsys):
+def test_each_theta_runs_by_its_metadata_and_divergence_is_no_nan(theta, tmp_path, monkeypatch, capsys):
     arrays, _ = lopt.load_theta(theta)
     wild = tmp_path / "wild.npz"
     lopt.save_theta(wild, arrays, step_mult=1e30, exp_mult=0.001, parametrization="sp")
@@ -142,6 +143,10 @@ def test_each_theta_runs_by_its_metadata_and_divergence_is_no_nan(theta, tmp_pat
     [contender] = evaluate.load_contenders([str(wild)], [])
     make_task = lambda parametrization: parametrization
     assert contender.task(make_task, contender.start) == meta_train.mup.Parametrization("mup", 1.0, 3.0, 1.0, 8)
+    monkeypatch.setattr(lopt, "learned_optimizer", lambda theta, **scales: scales)
+    task = types.SimpleNamespace(update_multipliers="some", gradient_multiplier=4.0)
+    scales = contender.optimizer(task, contender.start, 1)
+    assert (scales["step_mult"], scales["update_multipliers"], scales["gradient_multiplier"]) == (0.01, "some", 4.0)
 
 
 def test_tune_walks_to_the_optimum():
