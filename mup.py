@@ -155,14 +155,14 @@ def update_multipliers(weights: Tree, parametrization: Parametrization) -> Tree:
 
 
 def gradient_multiplier(weights: Tree, parametrization: Parametrization) -> float:
-    """By what a learned optimizer's gradients are multiplied: fan_in of the read-out / base_width; 1 without one.
+    """By what a learned optimizer's gradients are multiplied: fan_in of the read-out / base_width; 1 without one, or in SP.
 
     In μP every gradient falls as 1/width, since the logits are multiplied by output_mult/fan_in. The update should not
     change with that, but small_fc_lopt's features have absolute ε, which rule where gradients are small. With this
     multiplier a θ sees in a network of any width gradients as large as at the base width. It is ours, not μLO's; that
     Adam's ε must be scaled with the width, too, is from Everett et al. (arXiv 2407.05872).
     """
-    if not parametrization.base_width:
+    if not (parametrization.is_mup and parametrization.base_width):
         return 1.0
     return max(w.fan_in for w in jax.tree.leaves(weights) if w.kind == "output") / parametrization.base_width
 

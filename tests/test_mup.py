@@ -84,6 +84,7 @@ def test_gradient_multiplier(base_width, expected):
     weights = {"in": mup.matrix("input", 192, 64), "hidden": mup.matrix("hidden", 64, 256),
                "back": mup.matrix("hidden", 256, 64), "out": mup.matrix("output", 64, 10)}
     assert mup.gradient_multiplier(weights, mup.MUP._replace(base_width=base_width)) == expected
+    assert mup.gradient_multiplier(weights, mup.SP._replace(base_width=base_width)) == 1.0
 
 
 def test_parametrization_of_metadata():
