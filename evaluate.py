@@ -471,6 +471,8 @@ TEXT = "--dataset text --data-dir {data}/tinyshakespeare.txt"
 BOTH = "--baselines adamw muadam"
 EXPERIMENTS = {
     "width": f"--sweep width {SIX} {BOTH} {CIFAR} --tune both --tune-seeds 2 --seeds 4 --widths 32 128 512",
+    "width-between": "--sweep width --theta {results}/mulo_m.npz {results}/mulo_m_128.npz --baselines adamw "
+                     f"{CIFAR} --tune both --tune-seeds 2 --seeds 4 --widths 32 64 256",
     "width-2048": f"--sweep width {PAIR} {{results}}/mulo_m_128.npz --baselines adamw {CIFAR} --tune both "
                   "--tune-seeds 1 --seeds 3 --widths 32 1024 2048",
     "width-2048-short": f"--sweep width --theta {{results}}/mulo_s.npz {{results}}/lo_s.npz --baselines adamw {CIFAR} "
