@@ -90,8 +90,9 @@ def test_multipliers_of_the_presets(preset, parametrization, expected):
     settings = meta_train.Settings(**meta_train.preset_settings(preset, parametrization) |
                                    {"parametrization": parametrization})
     meta_train.check(settings)
-    name, *multipliers = meta_train.parametrization(settings)
+    name, *multipliers, base_width = meta_train.parametrization(settings)
     assert (name, *multipliers, meta_train.step_mult(settings)) == (parametrization, *expected)
+    assert base_width == 0  # gradients as they are
 
 
 def test_pairs_that_do_not_divide_are_refused(tmp_path):
