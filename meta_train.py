@@ -101,7 +101,8 @@ PAPER = dict(dataset="imagenet32", batch_size=4096, meta_steps=5000)
 PRESETS = {"laptop": dict(output_mult=16.0, hidden_lr_mult=16.0, step_mult=0.003),
            "paper-s": PAPER | {"widths": (128,)}, "paper-m": PAPER | {"widths": (128, 512, 1024)}}
 STEP_MULT = {"mup": 0.01, "sp": 0.001}  # μLO divides a hidden weight's update by its fan_in, hence takes larger steps
-MULTIPLIERS = mup.Parametrization._fields[1:4]
+OF_PARAMETRIZATION = mup.Parametrization._fields[1:]  # the settings that it takes beside its name
+MULTIPLIERS = tuple(name for name in OF_PARAMETRIZATION if name.endswith("_mult"))
 MAY_CHANGE = ("meta_steps", "data_dir")  # on resuming; meta_steps upward only
 
 
@@ -197,8 +198,7 @@ class Metrics(NamedTuple):
 
 def parametrization(settings: Settings) -> mup.Parametrization:
     """That of the inner networks, with its multipliers."""
-    return mup.Parametrization(settings.parametrization, *[getattr(settings, name) for name in MULTIPLIERS],
-                               settings.base_width)
+    return mup.Parametrization(settings.parametrization, *[getattr(settings, name) for name in OF_PARAMETRIZATION])
 
 
 def step_mult(settings: Settings) -> float:
@@ -821,7 +821,7 @@ def run(argv: Sequence[str] | None) -> int:
     if out.process == 0:
         metadata = {"step_mult": step_mult(settings), "exp_mult": settings.exp_mult,
                     "parametrization": settings.parametrization,
-                    **{name: getattr(settings, name) for name in (*MULTIPLIERS, "base_width")},
+                    **{name: getattr(settings, name) for name in OF_PARAMETRIZATION},
                     "settings": dataclasses.asdict(settings), "origin": record.get("origin")}
         lopt.save_theta(out.folder / "theta.npz", jax.device_get(theta), **metadata)
         print(f"wrote {out.folder / 'theta.npz'} after {(time.monotonic() - began) / 60:.1f} minutes")

@@ -148,13 +148,13 @@ META = [
     ("--devices 3", "--pairs 8: does not divide over 3 devices"),
     ("--devices 16", "--devices 16: there are only 8"),
     ("--pairs 3 --devices 2", "--pairs 3"), ("--out @/full", "full: is not empty"),
+    *[(f"--first-theta @/{name}", name) for name in NO_THETA],
+    ("--first-theta @/theta.npz", "was meta-trained with --output-mult 2.0, not 16.0; --step-mult 0.01, not 0.003"),
+    ("--first-theta @/theta.npz --parametrization sp", "--parametrization mup, not sp"),
     ("--resume", "--resume needs --out"), ("--resume --out @/full", "full: is not empty"),
     ("--resume --out @/file", "file"), ("--coordinator localhost:1", "need --distributed"),
     ("--processes 2 --process-id 0", "need --distributed"), ("--distributed", "--distributed needs --out"),
     ("--distributed --out new --processes 2", "go together"),
-    *[(f"--first-theta @/{name}", name) for name in NO_THETA],
-    ("--first-theta @/theta.npz", "was meta-trained with --output-mult 2.0, not 16.0; --step-mult 0.01, not 0.003"),
-    ("--first-theta @/theta.npz --parametrization sp", "--parametrization mup, not sp"),
     ("--distributed --out new --processes 2 --process-id 2 --coordinator localhost:1", "--process-id 2")]
 
 EVALUATE = [
@@ -433,8 +433,8 @@ def test_begins_with_a_given_theta(finished, tmp_path, capsys):
     before.unlink()
     assert command(*RESUME, "--out", out, "--meta-steps", 2) == 0
     assert "after meta-step 1\n" in capsys.readouterr().out
-    after, origin = lopt.load_theta(out / "theta.npz")[0], lopt.load_theta(out / "theta.npz")[1]["origin"]
-    assert origin == metadata and origin["settings"]["widths"] == [4]
+    after, made = lopt.load_theta(out / "theta.npz")
+    assert made["origin"] == metadata and made["origin"]["settings"]["widths"] == [4]
     assert any(np.any(after[name] != theta[name]) for name in theta)
 
 
