@@ -420,19 +420,19 @@ def test_more_meta_steps_go_on_and_fewer_are_refused(finished, copy, capsys):
     assert [row[0] for row in rows[1:]] == [str(i + 1) for i in range(STEPS + 2)]
 
 
-def test_begins_with_a_given_theta(finished, tmp_path, capsys):
-    """Other widths, the θ of the file; resumed without that file; the new θ names the old one's settings."""
+def test_begins_with_a_given_theta(finished, tmp_path, monkeypatch, capsys):
+    """Other widths, the θ of the file to the last bit; resumed without that file; the new θ names the old settings."""
     before, out = pathlib.Path(shutil.copy(finished / "theta.npz", tmp_path)), tmp_path / "out"
     theta, metadata = lopt.load_theta(before)
-    flags = ["--widths", 5, "--warmup-steps", 100, "--first-theta", before, "--out", out]
-    assert command(*TINY, "--meta-steps", 1, *flags) == 0
-    assert f"beginning with {before}" in capsys.readouterr().out
-    after, _ = lopt.load_theta(out / "theta.npz")
-    # the first meta-step's learning rate is 3e-10 and the update's norm at most 1: only the last bit may differ
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-7, atol=1e-9), after, theta)
+    with monkeypatch.context() as patch:
+        at_checkpoint(patch, EVERY, lambda _: signal.raise_signal(signal.SIGTERM))
+        stopped = command(*TINY, "--meta-steps", EVERY + 1, "--widths", 5, "--first-theta", before, "--out", out)
+    assert stopped == 128 + signal.SIGTERM and f"beginning with {before}" in capsys.readouterr().out
+    start = np.load(out / "checkpoint-00000000-0-of-1.npz")[".theta"]
+    jax.tree.map(np.testing.assert_array_equal, lopt.theta_from_vector(start), theta)
     before.unlink()
-    assert command(*RESUME, "--out", out, "--meta-steps", 2) == 0
-    assert "after meta-step 1\n" in capsys.readouterr().out
+    assert command(*RESUME, "--out", out) == 0
+    assert f"after meta-step {EVERY}\n" in capsys.readouterr().out
     after, made = lopt.load_theta(out / "theta.npz")
     assert made["origin"] == metadata and made["origin"]["settings"]["widths"] == [4]
     assert any(np.any(after[name] != theta[name]) for name in theta)
