@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import side_by_side
 
 import lopt
 import mup
@@ -597,9 +598,10 @@ def test_synthetic_is_deterministic_and_balanced(synthetic):
 
 
 def test_synthetic_at_other_sizes(synthetic):
-    assert tasks.make_synthetic(16)[0].shape == (60_000, 16, 16, 3)
-    np.testing.assert_array_equal(load_dataset("synthetic", image_size=4).test.inputs,
-                                  tasks.resize(np.asarray(synthetic.test.inputs), 4))
+    larger, smaller = side_by_side(lambda make: make(), [lambda: tasks.make_synthetic(16)[0],
+                                                         lambda: load_dataset("synthetic", image_size=4)])
+    assert larger.shape == (60_000, 16, 16, 3)
+    np.testing.assert_array_equal(smaller.test.inputs, tasks.resize(np.asarray(synthetic.test.inputs), 4))
 
 
 def test_synthetic_linear_model_is_worse_than_narrow_and_that_than_wide(synthetic):
@@ -607,8 +609,8 @@ def test_synthetic_linear_model_is_worse_than_narrow_and_that_than_wide(syntheti
         run = jax.jit(lambda split: tasks.train(task, lopt.adamw(2e-3), split, jax.random.key(0), 500)[1])
         return float(np.mean(run(synthetic.train)[-100:]))
 
-    linear = final_loss(tasks.linear_task(synthetic, 64))
-    narrow, wide = (final_loss(tasks.mlp_task(synthetic, w, 3, 64, mup.SP)) for w in (32, 128))
+    mlp = lambda width: tasks.mlp_task(synthetic, width, 3, 64, mup.SP)
+    wide, narrow, linear = side_by_side(final_loss, [mlp(128), mlp(32), tasks.linear_task(synthetic, 64)])
     assert 1.0 < wide < narrow - 0.1 and narrow < linear - 0.1 and linear < 2.2
 
 
