@@ -463,6 +463,7 @@ SWEEPS = {"width": ((32, 128, 512), 1000, [0]), "depth": ((32,), 1000, [3, 6, 12
 # name of the outputs: the flags that make them; {results} holds the shipped θ, {data} the data sets
 PAIR = "--theta {results}/mulo_m.npz {results}/lo_m.npz"
 BASE_WIDTH = "{results}/mulo_m_128.npz"
+BOTH_MULO_M = f"--theta {{results}}/mulo_m.npz {BASE_WIDTH}"
 FIVE = f"{PAIR} {{results}}/mulo_s_16.npz {{results}}/lo_s.npz {BASE_WIDTH}"
 SIX = f"{FIVE} {{results}}/mulo_s.npz"
 ONE_WIDTH = "--theta {results}/mulo_s.npz {results}/mulo_s_16.npz {results}/lo_s.npz"
@@ -471,16 +472,16 @@ TEXT = "--dataset text --data-dir {data}/tinyshakespeare.txt"
 BOTH = "--baselines adamw muadam"
 EXPERIMENTS = {
     "width": f"--sweep width {SIX} {BOTH} {CIFAR} --tune both --tune-seeds 2 --seeds 4 --widths 32 128 512",
-    "width-seeds": f"--sweep width --theta {{results}}/mulo_m.npz {BASE_WIDTH} --baselines adamw {CIFAR} "
-                   "--tune per-width --tune-seeds 2 --seed 1 --seeds 8 --widths 32 128 512",
-    "width-between": f"--sweep width --theta {{results}}/mulo_m.npz {BASE_WIDTH} --baselines adamw {CIFAR} "
-                     "--tune both --tune-seeds 2 --seeds 4 --widths 32 64 256",
+    "width-seeds": f"--sweep width {BOTH_MULO_M} --baselines adamw {CIFAR} --tune per-width --tune-seeds 2 --seed 1 "
+                   "--seeds 8 --widths 32 128 512",
+    "width-between": f"--sweep width {BOTH_MULO_M} --baselines adamw {CIFAR} --tune both --tune-seeds 2 --seeds 4 "
+                     "--widths 32 64 256",
     "width-2048": f"--sweep width {PAIR} {BASE_WIDTH} --baselines adamw {CIFAR} --tune both --tune-seeds 1 --seeds 3 "
                   "--widths 32 1024 2048",
     "width-2048-short": f"--sweep width --theta {{results}}/mulo_s.npz {{results}}/lo_s.npz --baselines adamw {CIFAR} "
                         "--tune both --tune-seeds 1 --steps 300 --seeds 2 --widths 32 2048",
     "depth": f"--sweep depth {FIVE} {BOTH} {CIFAR} --seeds 3 --widths 32 128",
-    "horizon": f"--sweep horizon {FIVE} {BOTH} {CIFAR} --seeds 2 --widths 128",
+    "horizon": f"--sweep horizon {FIVE} {BOTH} {CIFAR} --seeds 3 --widths 128",
     "pre-activations": f"--sweep coordinate-check {PAIR} {BASE_WIDTH} {CIFAR} --steps 500 --seeds 2 "
                        "--widths 32 128 512",
     "coordinate-check": f"--sweep coordinate-check {ONE_WIDTH} {{results}}/mulo_m.npz {BASE_WIDTH} {CIFAR} "

@@ -7,7 +7,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from conftest import side_by_side
+from conftest import ROOT, side_by_side
 
 import evaluate
 import lopt
@@ -289,6 +289,21 @@ def test_every_experiment_parses(theta, tmp_path):
             (tmp_path / path).write_bytes((tmp_path / "mine.npz").read_bytes())
         plan = evaluate.prepare([*argv, "--out", str(tmp_path), "--name", name])
         assert plan.contenders and [path.name for path in plan.outputs.values()][0] == f"{name}.csv"
+
+
+@pytest.mark.parametrize("name", evaluate.EXPERIMENTS)
+def test_shipped_tables_are_those_of_their_commands(name):
+    """What --reproduce would run has the optimizers, widths, depths, seeds and steps of the shipped table."""
+    rows = read(ROOT / "results" / f"{name}.csv")
+    argv = [flag.format(results=ROOT / "results", data="data") for flag in evaluate.EXPERIMENTS[name].split()]
+    plan = evaluate.prepare([*argv, "--out", "absent", "--name", name])
+    column = lambda name: {row[name] for row in rows}
+    assert column("optimizer") == {contender.name for contender in plan.contenders}
+    assert column("width") == set(map(str, plan.args.widths)) and column("depth") == set(map(str, plan.args.depths))
+    if "seeds" in rows[0]:  # not in a coordinate check
+        times = evaluate.HORIZON if plan.args.sweep == "horizon" else (1,)
+        assert column("seeds") == {str(plan.args.seeds)}
+        assert column("steps") == {str(plan.args.steps * n) for n in times}
 
 
 def test_reproduce_goes_on_after_what_is_done(tmp_path, monkeypatch, capsys):
