@@ -1,19 +1,25 @@
-"""Evaluation: what learned optimizers and tuned baselines reach on networks far from those of meta-training.
+"""Evaluation: what learned optimizers and tuned baselines reach, far from what was meta-trained on.
 
-    python evaluate.py --theta results/mulo_s.npz --theta results/lo_s.npz --baselines adamw muadam \\
-        --sweep width --widths 32 128 512 --out runs/width --plot      a table, a CSV and a figure
-    python evaluate.py --reproduce --plot      every table and figure of results/ anew, into runs/reproduced
-    python evaluate.py --reproduce quick       a small part of them, in minutes and without data to fetch
+    python evaluate.py --theta results/mulo_m.npz results/lo_m.npz --baselines adamw muadam \\
+        --sweep width --widths 32 128 512 --out runs/width --plot    a table, a CSV and a figure
+    python evaluate.py --reproduce --plot    every table and figure of results/, in runs/reproduced
+    python evaluate.py --reproduce quick     a small part, in minutes and without data to fetch
 
-A *contender* is an optimizer with its parametrization: a θ, which has nothing to tune, or a baseline: AdamW in
-SP, or μAdam, that is Adam in μP. All of them train from the same keys, hence on the same batches and, in one
-parametrization, from the same initial weights. Baselines are tuned by their training loss under other keys; no
-test data decide anything.
+A *contender* is an optimizer with its parametrization: a θ, which has nothing to tune, or a
+baseline: AdamW in the standard parametrization (SP), or μAdam, that is Adam in μP. All of them
+train from the same keys, hence on the same batches and, in one parametrization, from the same
+initial weights. Baselines are tuned by their training loss under other keys; no test data decide
+anything.
 
-A run has diverged when its final training loss is not finite or above 1.5 ln(classes); guessing has ln(classes).
+A run has diverged when its final training loss is not finite or above 1.5 ln(classes); guessing has
+ln(classes).
 
-Sources: μLO (arXiv 2406.00153) for the experiments, TP5 (arXiv 2203.03466) for μAdam, what is tuned of it, and the
-coordinate check.
+OUT/NAME.partial.jsonl keeps all results until the CSV is written: an evaluation that was killed
+goes on when the same command is given again. The figure comes last; if it cannot be drawn, that is
+a warning, and the exit code is still 0.
+
+Sources: μLO (arXiv 2406.00153) for the experiments; TP5 = "Tensor Programs V" (arXiv 2203.03466)
+for μAdam, what is tuned of it, and the coordinate check.
 
 Dimensions: S seeds, T steps.
 """
@@ -22,9 +28,12 @@ import argparse
 import csv
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import io
+import json
 import math
+import os
 import pathlib
 import signal
 import sys
@@ -38,21 +47,23 @@ import tqdm
 from jax.sharding import Mesh, PartitionSpec
 
 import lopt
-import meta_train
 import mup
 import tasks
-from lopt import Array, Tree
+from mup import Array, Tree
+from tasks import setting
 
-Row = dict[str, str]  # of a table and of its CSV: the same cells in both
+Row = dict[str, Any]  # words and numbers by column: inf if it diverged, nan if there is none
+Rows = dict[str, list[Row]]  # of each table: "table" (and "curves" of the horizon), or "check"
 Size = tuple[int, int]  # width, depth
-MakeTask = Callable[[mup.Parametrization], tasks.Task]  # makes the task of one size
+TaskIn = Callable[[mup.Parametrization], tasks.Task]  # the task of one size, in any parametrization
+MakeOptimizer = Callable[[int], lopt.Optimizer]  # a function of the planned number of steps
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Contenders
 
 
 class Hyper(NamedTuple):
-    """What is tuned of a baseline: its learning rate and μP's multipliers."""
+    """What is tuned of a baseline: its learning rate, and the multipliers that μP leaves free."""
     learning_rate: float = 1e-3
     input_mult: float = 1.0
     output_mult: float = 1.0
@@ -60,105 +71,100 @@ class Hyper(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """An optimizer in its parametrization; Adam if theta is None.
+    """An optimizer in its parametrization: a learned optimizer, or Adam where `learned` is None.
 
-    start: where tuning begins. factors: {field of `Hyper`: ratio of neighbours on its grid}, in tuning order.
+    start: where tuning begins. factors: {field of `Hyper`: ratio of neighbours on its grid}, in
+    tuning order; a learned optimizer has none.
     """
     name: str
-    parametrization: str
-    theta: dict[str, Array] | None = None
-    step_mult: float = 0.0
-    exp_mult: float = 0.0
-    base_width: int = 0
+    parametrization: mup.Parametrization
+    learned: lopt.Learned | None = None
     start: Hyper = Hyper()
     factors: dict[str, float] = {}
 
-    def task(self, make_task: MakeTask, hyper: Hyper) -> tasks.Task:
-        """The task in the contender's parametrization."""
-        return make_task(mup.Parametrization(self.parametrization, *hyper[1:], self.base_width))
+    def on(self, task_in: TaskIn, hyper: Hyper) -> tuple[tasks.Task, MakeOptimizer]:
+        """The task in the contender's parametrization, and the contender's optimizer there."""
+        if self.learned is not None:
+            task = task_in(self.parametrization)
+            return task, functools.partial(tasks.optimizer_for, task, self.learned)
+        learning_rate, *multipliers = hyper
+        task = task_in(mup.Parametrization(self.parametrization.name, *multipliers))
 
-    def optimizer(self, task: tasks.Task, hyper: Hyper, seeds: int) -> lopt.Optimizer:
-        """The optimizer for a task that is trained with so many seeds side by side."""
-        if self.theta is None:
-            return lopt.adamw(hyper.learning_rate, update_multipliers=task.update_multipliers)
-        chunk = lopt.default_chunk(seeds // len(devices_for(seeds)))
-        return lopt.learned_optimizer(self.theta, step_mult=self.step_mult, exp_mult=self.exp_mult,
-                                      update_multipliers=task.update_multipliers,
-                                      gradient_multiplier=task.gradient_multiplier, chunk=chunk)
+        def adam(num_steps: int) -> lopt.Optimizer:
+            return lopt.adamw(learning_rate, update_multipliers=task.update_multipliers)
+
+        return task, adam
 
 
-# μAdam's multiplier of hidden updates is 1/fan_in, with no base width: hidden_lr_mult is of the order of a width.
+# μAdam multiplies hidden updates by hidden_lr_mult/fan_in, so its hidden_lr_mult is about a width.
 BASELINES = {
-    "adamw": Contender("adamw", "sp", factors={"learning_rate": 2.0}),
-    "muadam": Contender("muadam", "mup", start=Hyper(8e-3, 1.0, 16.0, 16.0),
+    "adamw": Contender("adamw", mup.SP, factors={"learning_rate": 2.0}),
+    "muadam": Contender("muadam", mup.MUP, start=Hyper(8e-3, 1.0, 16.0, 16.0),
                         factors={"learning_rate": 2.0, "hidden_lr_mult": 4.0, "output_mult": 4.0,
                                  "input_mult": 2.0})}
 
 
 def load_contenders(paths: Sequence[str], baselines: Sequence[str]) -> list[Contender]:
-    """The θ of these files, named by file (by the whole path where file names repeat), then the baselines."""
-    stems = [pathlib.Path(path).stem for path in paths]
-    contenders = []
+    """The θ of these files, named by file (by the path, where names repeat), then the baselines."""
+    stems, contenders = [pathlib.Path(path).stem for path in paths], []
     for path, stem in zip(paths, stems):
-        theta, metadata = lopt.load_theta(path)
+        learned = lopt.load(path)
         name = stem if stems.count(stem) == 1 else path.removesuffix(".npz")
-        parametrization, *multipliers, base_width = mup.parametrization_of(metadata)
-        contenders.append(Contender(name, parametrization, theta, metadata["step_mult"], metadata["exp_mult"],
-                                    base_width, Hyper(0.0, *multipliers)))
+        contenders.append(Contender(name, learned.parametrization, learned))
     return contenders + [BASELINES[name] for name in baselines]
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training many seeds at once
 
 
 def seed_keys(key: Array, seeds: int) -> Array:
     """One key for each seed [S]; seed i has the same one however many there are."""
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(seeds))
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(seeds))
 
 
-def devices_for(seeds: int) -> list[jax.Device]:
-    """As many devices as the seeds divide over."""
-    devices = jax.devices()
-    return devices[:max(d for d in range(1, len(devices) + 1) if seeds % d == 0)]
+def compiled(contender: Contender, task_in: TaskIn, steps: int,
+             seeds: int) -> tuple[Callable, Callable]:
+    """(train, test) of one contender on networks of one size, compiled for all hyperparameters.
 
-
-def over_seeds(function: Callable, seeds: int) -> Callable:
-    """Jits function(hyper, tree of one seed, split) for trees of S seeds, of which each device takes its share."""
-    mesh = Mesh(np.array(devices_for(seeds)), ("seeds",))
-    everywhere, by_seed = PartitionSpec(), PartitionSpec("seeds")
-    return jax.jit(jax.shard_map(jax.vmap(function, (None, 0, None)), mesh=mesh, check_vma=False,
-                                 in_specs=(everywhere, by_seed, everywhere), out_specs=by_seed))
-
-
-def compiled(contender: Contender, make_task: MakeTask, steps: int, seeds: int) -> tuple[Callable, Callable]:
-    """train(hyper, keys [S], split) → (params [S, …], losses [S, T]); test(hyper, params, split) → (losses [S],
-    accuracies [S]). The hyperparameters are traced, so that each is compiled once."""
+    train(hyper, keys [S], split) → (params [S, …], losses [S, T]); test(hyper, params, split) →
+    (losses [S], accuracies [S]).
+    """
     def train(hyper: Hyper, key: Array, split: tasks.Split) -> tuple[Tree, Array]:
-        task = contender.task(make_task, hyper)
-        return tasks.train(task, contender.optimizer(task, hyper, seeds), split, key, steps)
+        task, make_optimizer = contender.on(task_in, hyper)
+        return tasks.train(task, make_optimizer, split, key, steps)
 
     def test(hyper: Hyper, params: Tree, split: tasks.Split) -> tuple[Array, Array]:
-        return contender.task(make_task, hyper).test(params, split)
+        task, _ = contender.on(task_in, hyper)
+        return task.test(params, split)
 
     return over_seeds(train, seeds), over_seeds(test, seeds)
 
 
-def tune(loss_of: Callable[[Hyper], float], start: Hyper, factors: dict[str, float], rounds: int = 3) -> Hyper:
+# --------------------------------------------------------------------------------------------------
+# Tuning
+
+
+def neighbour(hyper: Hyper, field: str, ratio: float) -> Hyper:
+    """The next point of the grid along a field, to six digits: the way back ends where it began."""
+    return hyper._replace(**{field: float(f"{getattr(hyper, field) * ratio:.6g}")})
+
+
+def tune(loss_of: Callable[[Hyper], float], start: Hyper, factors: dict[str, float],
+         rounds: int = 3) -> Hyper:
     """The best point of a grid without ends, by a walk along one field of `Hyper` after the other.
 
-    The walk goes to the neighbour, one factor up or down, for as long as that is better: an optimum is bracketed
-    wherever it lies. Rounds over all fields end when one changes nothing. loss_of must give inf, not nan, for a
-    run that diverged.
+    The walk goes to the neighbour, one factor up or down, for as long as that is better: an optimum
+    is bracketed wherever it lies. Rounds over all fields end when one changes nothing. loss_of must
+    give inf, not nan, for a run that diverged.
     """
     loss_of, best = functools.cache(loss_of), start
     for _ in range(rounds):
         before = best
         for field, factor in factors.items():
             for ratio in (factor, 1.0 / factor):
-                step = lambda at: at._replace(**{field: float(f"{getattr(at, field) * ratio:.6g}")})
-                while loss_of(step(best)) < loss_of(best):
-                    best = step(best)
+                while loss_of(neighbour(best, field, ratio)) < loss_of(best):
+                    best = neighbour(best, field, ratio)
         if best == before:
             break
     return best
@@ -168,8 +174,9 @@ def hyperparameters(contender: Contender, how: str, sizes: Sequence[Size],
                     loss_at: Callable[[Size, Hyper], float]) -> Iterator[dict[str, Hyper]]:
     """For each size in turn, the hyperparameters to be compared there, by how they were tuned.
 
-    "transfer": all fields, at the first size, then kept, as μP intends. "per-width": the same, and the learning
-    rate again at each further size, beginning with the best of the size before. "both". "none": the start.
+    "transfer": all fields, at the first size, then kept, as μP intends. "per-width": the same, and
+    the learning rate again at each further size, beginning with the best of the size before.
+    "both". "none": the start.
     """
     first = latest = None
     for size in sizes:
@@ -185,227 +192,273 @@ def hyperparameters(contender: Contender, how: str, sizes: Sequence[Size],
         yield both if how == "both" else {how: both[how]}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Coordinate check
-
-
-def pre_activation_squares(task: tasks.Task, optimizer: lopt.Optimizer, split: tasks.Split, key: Array,
-                           marks: Sequence[int]) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Mean squares of each layer's pre-activations after `marks` steps, and of their change: {layer: [marks]}.
-
-    The change is that since initialisation; both are on the run's first batch. The run is that of `tasks.train`.
-    """
-    start = tasks.begin(task, optimizer, key)
-    probe, _ = task.sample(jax.random.fold_in(jax.random.fold_in(key, 1), 0), split)
-    mean_square = lambda x: jnp.mean(jnp.square(x))
-
-    def to_mark(carry, bounds):
-        step = lambda t, carry: tasks.train_step(task, optimizer, split, key, carry, t)[0]
-        carry = jax.lax.fori_loop(bounds[0], bounds[1], step, carry)
-        first, now = (task.forward(params, probe)[1] for params in (start[0], carry[0]))
-        return carry, (jax.tree.map(mean_square, now), jax.tree.map(lambda n, f: mean_square(n - f), now, first))
-
-    return jax.lax.scan(to_mark, start, jnp.array([(0, *marks[:-1]), marks]).T)[1]
-
-
-def coordinate_check(task_at_width: Callable[[int], tasks.Task],
-                     optimizer_of: Callable[[tasks.Task], lopt.Optimizer], split: tasks.Split,
-                     widths: Sequence[int], marks: Sequence[int],
-                     keys: Array) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """TP5's coordinate check: {layer: (RMS of its pre-activations, RMS of their change)}, each [widths, marks].
-
-    marks: increasing numbers of steps. The mean squares are averaged over the keys [S]. In μP the change does not
-    depend on the width: its `slope` is 0.
-    """
-    def at_width(width: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        task = task_at_width(width)
-        optimizer = optimizer_of(task)
-        one_seed = lambda _, key, split: pre_activation_squares(task, optimizer, split, key, marks)
-        squares = over_seeds(one_seed, len(keys))(None, keys, split)
-        return jax.tree.map(lambda x: np.sqrt(np.mean(np.asarray(x), axis=0)), squares)
-
-    values, changes = zip(*map(at_width, widths))
-    return {layer: (np.stack([v[layer] for v in values]), np.stack([c[layer] for c in changes]))
-            for layer in values[0]}
-
-
-def slope(widths: Sequence[int], values: np.ndarray) -> np.ndarray:
-    """The least-squares slope of ln values [widths, …] against ln width → […]; nan where a value is not > 0."""
-    x = np.log(widths) - np.mean(np.log(widths))
-    values = np.asarray(values, np.float64)
-    return np.tensordot(x, np.log(np.where(values > 0, values, np.nan)), 1) / np.sum(x * x)
-
-
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sweeps
 
-COLUMNS = {"table": ("optimizer", "tuned", "width", "depth", "steps", "seeds", "diverged", "loss", "std",
-                     "test_loss", "test_accuracy", *Hyper._fields),
-           "curves": ("optimizer", "tuned", "width", "depth", "step", "loss"),
-           "check": ("optimizer", "tuned", "depth", "layer", "step", "width", "rms", "rms_change", "slope",
-                     *Hyper._fields)}
+# sweep: the settings that it has where none are given
+SWEEPS = {"width": dict(widths=(32, 128, 512), steps=1000),
+          "depth": dict(widths=(32,), steps=1000, depths=(3, 6, 12, 16)),
+          "horizon": dict(widths=(32,), steps=1000),
+          "coordinate-check": dict(widths=(32, 128, 512), steps=500)}
 HORIZON = (1, 5, 25)  # times --steps
 CURVE_POINTS = 200
 ROUNDING = 1e-6  # a change below this part of the pre-activations is float32's rounding
+COUNT = dict(low=1, high=10_000_000)
 
 
-class Plan(NamedTuple):
-    """A checked command line: its flags, the task's settings, the contenders, and the files to be written."""
-    args: argparse.Namespace
-    settings: meta_train.Settings
-    contenders: list[Contender]
-    outputs: dict[str, pathlib.Path]
+@dataclasses.dataclass(frozen=True)
+class Settings(tasks.TaskSettings):
+    """Everything that decides the results; the flag of each is made from its field."""
+    theta: tuple[str, ...] = setting((), "θ as meta_train.py writes it; may be given several times",
+                                     metavar="FILE")
+    baselines: tuple[str, ...] = setting((), "AdamW in SP, Adam in μP", choices=tuple(BASELINES))
+    sweep: str = setting("width", f"what varies; horizon goes on to {HORIZON[-1]} times --steps",
+                         choices=tuple(SWEEPS))
+    depths: tuple[int, ...] | None = setting(None, "for the depth sweep (3 6 12 16 if not given)",
+                                             metavar="D", **COUNT)
+    steps: int | None = setting(None, "inner steps (1000 if not given, coordinate-check 500)",
+                                metavar="T", **COUNT)
+    seeds: int = setting(3, "inner runs, side by side", metavar="S", **COUNT)
+    tune: str = setting("transfer", "baselines at the first width and depth, for all, or at each, "
+                        "or both ways", choices=("transfer", "per-width", "both", "none"))
+    tune_steps: int | None = setting(None, "inner steps of tuning (--steps if not given)",
+                                     metavar="T", **COUNT)
+    tune_seeds: int | None = setting(None, "inner runs of tuning (--seeds if not given)",
+                                     metavar="S", **COUNT)
+
+    @property
+    def sizes(self) -> list[Size]:
+        """The widths and depths of the networks, in the order in which they are trained."""
+        return [(width, depth) for depth in self.depths for width in self.widths]
 
 
-def cell(x: float, digits: str = ".4f") -> str:
-    """A number as text; what is not finite has diverged."""
-    return format(float(x), digits) if np.isfinite(x) else "diverged"
+class Job(NamedTuple):
+    """One contender on networks of one size.
+
+    programs(steps, seeds) → (train, test) of `compiled`, each made once for all hyperparameters.
+    """
+    settings: Settings
+    dataset: tasks.Dataset
+    contender: Contender
+    task_in: TaskIn
+    programs: Callable[[int, int], tuple[Callable, Callable]]
+
+
+def keys_of(settings: Settings) -> tuple[Array, Array]:
+    """(the keys [S] under which contenders are measured, those under which they are tuned)."""
+    measuring, tuning = jax.random.split(jax.random.key(settings.seed))
+    return seed_keys(measuring, settings.seeds), seed_keys(tuning, settings.tune_seeds)
+
+
+def or_inf(x: Any) -> float:
+    """A number as a float, inf where it is not finite."""
+    return float(x) if np.isfinite(x) else math.inf
+
+
+def after_training(job: Job, hyper: Hyper) -> Rows:
+    """The width and the depth sweep: the losses after --steps."""
+    rows, _ = train_and_test(job, hyper, [job.settings.steps])
+    return {"table": rows}
+
+
+def over_the_horizon(job: Job, hyper: Hyper) -> Rows:
+    """The horizon sweep: runs of 25 times --steps, their losses after 1, 5, 25 times, a curve."""
+    rows, curve = train_and_test(job, hyper, [times * job.settings.steps for times in HORIZON])
+    return {"table": rows, "curves": curve}
+
+
+def train_and_test(job: Job, hyper: Hyper, marks: Sequence[int]) -> tuple[list[Row], list[Row]]:
+    """Trains all seeds to the last mark, and tests them there: (a row for each mark, the curve)."""
+    train, test = job.programs(marks[-1], job.settings.seeds)
+    params, losses = train(hyper, keys_of(job.settings)[0], job.dataset.train)
+    losses, max_loss = np.asarray(losses), job.task_in(mup.SP).max_loss
+    rows = [summary(losses[:, :mark], max_loss) for mark in marks]
+    if job.dataset.test is not None and not rows[-1]["diverged"]:
+        test_losses, accuracies = test(hyper, params, job.dataset.test)
+        rows[-1] |= {"test_loss": or_inf(np.mean(test_losses)),
+                     "test_accuracy": or_inf(np.mean(accuracies))}
+    return rows, smooth(losses, max_loss)
 
 
 def summary(losses: np.ndarray, max_loss: float) -> Row:
-    """The cells for runs with losses [S, T]: how many diverged and, if none, their final losses' mean and std."""
+    """The row of runs with losses [S, T]: mean and standard deviation of their final losses.
+
+    If any has diverged, the mean is inf, and there is no deviation.
+    """
     final = tasks.final_loss(losses)
-    diverged = np.sum(~(final <= max_loss))  # nan counts, too
-    mean, std = ("diverged", "-") if diverged else (cell(final.mean()), cell(final.std()))
-    return {"steps": str(losses.shape[1]), "seeds": str(len(losses)), "diverged": str(diverged), "loss": mean,
-            "std": std, "test_loss": "-", "test_accuracy": "-"}
+    diverged = int(np.sum(~(final <= max_loss)))  # nan counts, too
+    mean, std = (math.inf, math.nan) if diverged else (float(final.mean()), float(final.std()))
+    return {"steps": losses.shape[1], "seeds": len(losses), "diverged": diverged, "loss": mean,
+            "std": std}
 
 
 def smooth(losses: np.ndarray, max_loss: float) -> list[Row]:
-    """The mean over seeds of losses [S, T], in about CURVE_POINTS equal pieces, each with its last step.
+    """The mean over seeds of losses [S, T], in about CURVE_POINTS equal pieces, by their last step.
 
     A piece whose mean is above max_loss has diverged.
     """
     width = math.ceil(losses.shape[1] / CURVE_POINTS)
     pieces = [losses[:, start:start + width] for start in range(0, losses.shape[1], width)]
-    means = [np.mean(piece) for piece in pieces]
-    return [{"step": str(step), "loss": cell(mean if mean <= max_loss else math.nan)}
+    means = [float(np.mean(piece)) for piece in pieces]
+    return [{"step": int(step), "loss": mean if mean <= max_loss else math.inf}
             for step, mean in zip(np.cumsum([piece.shape[1] for piece in pieces]), means)]
 
 
-def measure(plan: Plan, dataset: tasks.Dataset) -> dict[str, list[Row]]:
-    """Trains everything. Returns the rows of each CSV: "table" and "curves", or "check"."""
-    args, settings = plan.args, plan.settings
-    sizes = [(width, depth) for depth in args.depths for width in settings.widths]
-    make = {size: functools.partial(meta_train.make_task, settings, dataset, *size) for size in sizes}
-    for size in sizes:
-        make[size](mup.SP)  # only to see now, not in an hour, that the width and the heads fit
-    keys, tuning_keys = (seed_keys(key, seeds) for key, seeds in
-                         zip(jax.random.split(jax.random.key(settings.seed)), (args.seeds, args.tune_seeds)))
-    rows: dict[str, list[Row]] = {}
+def pre_activations(job: Job, hyper: Hyper) -> Rows:
+    """TP5's coordinate check: how large each layer's pre-activations are after 1, 10, … and all
+    steps, and how far they have moved since initialisation: root mean squares (RMS) over seeds."""
+    settings = job.settings
+    marks = sorted({settings.steps, *(10**i for i in range(len(str(settings.steps))))})
 
-    with tqdm.tqdm(total=len(plan.contenders) * len(sizes), desc=args.sweep, unit="job") as progress:
-        for contender in plan.contenders:
-            programs = functools.cache(lambda size, *lengths, c=contender: compiled(c, make[size], *lengths))
+    def check(hyper: Hyper, key: Array, split: tasks.Split) -> dict[str, tuple[Array, Array]]:
+        task, make_optimizer = job.contender.on(job.task_in, hyper)
+        return tasks.coordinate_check(task, make_optimizer, split, key, marks)
 
-            def loss_at(size: Size, hyper: Hyper) -> float:
-                progress.set_postfix_str(f"tuning {contender.name} at width {size[0]}, depth {size[1]}")
-                train, _ = programs(size, args.tune_steps, args.tune_seeds)
-                loss = tasks.final_loss(np.asarray(train(hyper, tuning_keys, dataset.train)[1])).mean()
-                return float(loss) if np.isfinite(loss) else math.inf
-
-            for size, choices in zip(sizes, hyperparameters(contender, args.tune, sizes, loss_at)):
-                progress.set_postfix_str(f"{contender.name} at width {size[0]}, depth {size[1]}")
-                program = functools.partial(programs, size)
-                measured = {hyper: check_rows(contender, hyper, make[size], dataset, args, keys)
-                            if args.sweep == "coordinate-check" else
-                            train_rows(contender, hyper, make[size], program, dataset, args, keys)
-                            for hyper in set(choices.values())}
-                for label, hyper in choices.items():
-                    common = {"optimizer": contender.name, "tuned": label, "width": str(size[0]),
-                              "depth": str(size[1])}
-                    common |= {name: f"{value:.4g}" if name in contender.factors else "-"
-                               for name, value in hyper._asdict().items()}
-                    for kind, new in measured[hyper].items():
-                        rows.setdefault(kind, []).extend(common | row for row in new)
-                    if "table" in rows:
-                        progress.write(f"{contender.name} ({label}), width {size[0]}, depth {size[1]}: "
-                                       f"{rows['table'][-1]['loss']}", sys.stderr)
-                programs.cache_clear()  # frees the memory of this size
-                progress.update()
-    return rows
+    layers = over_seeds(check, settings.seeds)(hyper, keys_of(settings)[0], job.dataset.train)
+    rows = []
+    for layer, squares in layers.items():
+        # [S, marks] → [marks]
+        rms, change = (np.sqrt(np.mean(np.asarray(x), axis=0)) for x in squares)
+        rows += [{"layer": layer, "step": mark, "rms": or_inf(x),
+                  "rms_change": 0.0 if moved < ROUNDING * x else or_inf(moved)}
+                 for mark, x, moved in zip(marks, rms, change)]
+    return {"check": rows}
 
 
-def train_rows(contender: Contender, hyper: Hyper, make_task: MakeTask, program: Callable, dataset: tasks.Dataset,
-               args: argparse.Namespace, keys: Array) -> dict[str, list[Row]]:
-    """Trains all seeds of one contender, size and choice of hyperparameters."""
-    marks = [k * args.steps for k in (HORIZON if args.sweep == "horizon" else (1,))]
-    train, test = program(marks[-1], args.seeds)
-    params, losses = train(hyper, keys, dataset.train)
-    losses = np.asarray(losses)
-    max_loss = make_task(mup.SP).max_loss
-    table = [summary(losses[:, :mark], max_loss) for mark in marks]
-    if dataset.test is not None and table[-1]["diverged"] == "0":
-        loss, accuracy = (cell(np.mean(x)) for x in test(hyper, params, dataset.test))
-        table[-1] |= {"test_loss": loss, "test_accuracy": accuracy}
-    return {"table": table, "curves": smooth(losses, max_loss)} if args.sweep == "horizon" else {"table": table}
+MEASURES = {"width": after_training, "depth": after_training, "horizon": over_the_horizon,
+            "coordinate-check": pre_activations}
+OVER_WIDTHS = ("optimizer", "tuned", "depth", "layer", "step")  # a coordinate check compares widths
 
 
-def check_rows(contender: Contender, hyper: Hyper, make_task: MakeTask, dataset: tasks.Dataset,
-               args: argparse.Namespace, keys: Array) -> dict[str, list[Row]]:
-    """The coordinate check at one width after 1, 10, … and all steps; `add_slopes` completes the rows."""
-    marks = sorted({args.steps, *(10 ** i for i in range(len(str(args.steps))))})
-    task = contender.task(make_task, hyper)
-    layers = coordinate_check(lambda _: task, lambda task: contender.optimizer(task, hyper, args.seeds),
-                              dataset.train, [task.name], marks, keys)
-    return {"check": [{"layer": layer, "step": str(mark), "rms": cell(value, ".4g"),
-                       "rms_change": "0" if change < ROUNDING * value else cell(change, ".4g")}
-                      for layer, (values, changes) in layers.items()
-                      for mark, value, change in zip(marks, values[0], changes[0])]}
+def sweep(settings: Settings, dataset: tasks.Dataset, contender: Contender,
+          remember: Callable[[Callable], Callable] = functools.cache) -> Iterator[Rows]:
+    """Tunes one contender and measures it: the rows of each width and depth in turn.
+
+    remember: wraps the two functions that train, so that nothing is trained twice.
+    """
+    @functools.lru_cache(maxsize=1)  # frees the memory of one size before the next
+    def job_at(size: Size) -> Job:
+        task_in = functools.partial(tasks.task_of, settings, dataset, *size)
+        programs = functools.cache(functools.partial(compiled, contender, task_in))
+        return Job(settings, dataset, contender, task_in, programs)
+
+    @remember
+    def tuning(size: Size, hyper: Hyper) -> float:  # the training loss, under keys of its own
+        train, _ = job_at(size).programs(settings.tune_steps, settings.tune_seeds)
+        _, losses = train(hyper, keys_of(settings)[1], dataset.train)
+        return or_inf(tasks.final_loss(np.asarray(losses)).mean())
+
+    @remember
+    def measuring(size: Size, hyper: Hyper) -> Rows:
+        return MEASURES[settings.sweep](job_at(size), hyper)
+
+    choices_at = hyperparameters(contender, settings.tune, settings.sizes, tuning)
+    for size, choices in zip(settings.sizes, choices_at):
+        rows: Rows = {}
+        for tuned, hyper in choices.items():
+            known = {"optimizer": contender.name, "tuned": tuned,
+                     "width": size[0], "depth": size[1]}
+            known |= {field: getattr(hyper, field) for field in contender.factors}
+            for kind, measured in measuring(size, hyper).items():
+                rows.setdefault(kind, []).extend(known | row for row in measured)
+        yield rows
 
 
-def number(text: str) -> float:
-    """The number in a cell, nan for a word."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def groups(rows: list[Row], *columns: str) -> dict[tuple[str, ...], list[Row]]:
-    """The rows by their cells in some columns, in order of appearance."""
-    grouped: dict[tuple[str, ...], list[Row]] = {}
+def groups(rows: list[Row], *columns: str) -> dict[tuple, list[Row]]:
+    """The rows by what they have in some columns, in order of appearance."""
+    grouped: dict[tuple, list[Row]] = {}
     for row in rows:
         grouped.setdefault(tuple(row[column] for column in columns), []).append(row)
     return grouped
 
 
 def add_slopes(rows: list[Row]) -> None:
-    """Adds to each row of a coordinate check the slope of its layer's change over the widths, "-" if none."""
-    for group in groups(rows, "optimizer", "tuned", "depth", "layer", "step").values():
-        value = slope([int(row["width"]) for row in group], [number(row["rms_change"]) for row in group])
+    """Adds to a coordinate check the slope of each change over the widths; in μP it is 0."""
+    for group in groups(rows, *OVER_WIDTHS).values():
+        changes = np.array([row["rms_change"] for row in group])
+        changes[np.isinf(changes)] = np.nan
+        slope = float(tasks.slope([row["width"] for row in group], changes))
         for row in group:
-            row["slope"] = f"{value:+.3f}" if np.isfinite(value) else "-"
+            row["slope"] = slope
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Tables, CSV, figures
+# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ waterline: the paper above, the machine below ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 
 
-def table(rows: list[Row], columns: Sequence[str]) -> str:
+def over_seeds(function: Callable, seeds: int) -> Callable:
+    """Jits function(hyper, tree of one seed, split) for trees of S seeds, shared among devices."""
+    devices = jax.devices()
+    mesh = Mesh(np.array(devices[:tasks.largest_divisor(seeds, len(devices))]), ("seeds",))
+    everywhere, by_seed = PartitionSpec(), PartitionSpec("seeds")
+    return jax.jit(jax.shard_map(jax.vmap(function, (None, 0, None)), mesh=mesh, check_vma=False,
+                                 in_specs=(everywhere, by_seed, everywhere), out_specs=by_seed))
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables and CSV: only here does a number become text
+
+COLUMNS = {"table": ("optimizer", "tuned", "width", "depth", "steps", "seeds", "diverged", "loss",
+                     "std", "test_loss", "test_accuracy", *Hyper._fields),
+           "curves": ("optimizer", "tuned", "width", "depth", "step", "loss"),
+           "check": ("optimizer", "tuned", "depth", "layer", "step", "width", "rms", "rms_change",
+                     "slope", *Hyper._fields)}
+WORDS = ("optimizer", "tuned", "layer")
+FORMATS = dict.fromkeys(("rms", "rms_change", *Hyper._fields), ".4g") | {"slope": "+.3f"}
+
+
+def cell(row: Row, column: str) -> str:
+    """A value of a row as text: "diverged" for inf, "-" for nan and for what is absent."""
+    value = row.get(column, math.nan)
+    if not isinstance(value, float):
+        return str(value)
+    if math.isfinite(value):
+        return format(value, FORMATS.get(column, ".4f"))
+    return "-" if math.isnan(value) else "diverged"
+
+
+def table(rows: list[Row], columns: Sequence[str] = COLUMNS["table"]) -> str:
     """The rows as text, aligned: columns of words to the left, of numbers to the right."""
-    lines = [list(columns), *([row[column] for column in columns] for row in rows)]
-    aligns = ["<" if column[0] in ("optimizer", "tuned", "layer") else ">" for column in zip(*lines)]
+    lines = [list(columns), *([cell(row, column) for column in columns] for row in rows)]
+    aligns = ["<" if column in WORDS else ">" for column in columns]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(f"{text:{a}{w}}" for text, a, w in zip(line, aligns, widths)) for line in lines)
+    return "\n".join("  ".join(f"{text:{a}{w}}" for text, a, w in zip(line, aligns, widths))
+                     for line in lines)
 
 
 def check_table(rows: list[Row]) -> str:
     """A coordinate check as text: the RMS change at each width, side by side, and the slope."""
-    lines = [dict(zip(("optimizer", "tuned", "layer", "step"), name)) |
-             {f"width {row['width']}": row["rms_change"] for row in group} | {"slope": group[0]["slope"]}
-             for name, group in groups(rows, "optimizer", "tuned", "layer", "step").items()]
-    return "RMS change of the pre-activations:\n" + table(lines, tuple(lines[0]))
+    lines = [group[0] | {f"width {row['width']}": cell(row, "rms_change") for row in group}
+             for group in groups(rows, *OVER_WIDTHS).values()]
+    widths = [column for column in lines[0] if column.startswith("width ")]
+    return ("RMS change of the pre-activations:\n" +
+            table(lines, ("optimizer", "tuned", "layer", "step", *widths, "slope")))
 
 
 def write_csv(path: pathlib.Path, rows: list[Row], columns: Sequence[str]) -> None:
     """Writes the rows' cells in these columns, atomically."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    lopt.write_atomically(path, text.getvalue().encode())
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([cell(row, column) for column in columns] for row in rows)
+    lopt.write_atomically(path, text.getvalue().encode(errors="surrogateescape"))
 
+
+def read_csv(path: pathlib.Path) -> list[Row]:
+    """The rows of a CSV, as numbers again."""
+    def value(column: str, text: str) -> str | int | float:
+        if column in WORDS:
+            return text
+        if text in ("-", "diverged"):
+            return math.nan if text == "-" else math.inf
+        return int(text) if text.isdigit() else float(text)
+
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return [{column: value(column, text) for column, text in row.items()}
+                for row in csv.DictReader(file)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures
 
 # sweep: (x, y, what makes a panel, what makes a line)
 FIGURES = {"width": ("width", "loss", ("depth",), ("optimizer", "tuned")),
@@ -414,33 +467,47 @@ FIGURES = {"width": ("width", "loss", ("depth",), ("optimizer", "tuned")),
            "coordinate-check": ("width", "rms_change", ("optimizer", "tuned", "layer"), ("step",))}
 
 
+def label(words: Sequence[Any], separator: str = " ") -> str:
+    """Words for matplotlib, where $ then begins no formula, and _ keeps no line from the legend."""
+    words = [word if isinstance(word, str) else f"{word:g}" for word in words]
+    text = separator.join(word for word in words if word != "-")
+    text = text.encode(errors="replace").decode().replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def draw_lines(axis: Any, lines: dict[tuple, list[Row]], x: str, y: str) -> None:
+    """Draws the lines of one panel; what diverged is a × at its top."""
+    dots = {} if x == "step" else {"marker": "o", "markersize": 3, "capsize": 2}
+    for i, (name, rows) in enumerate(lines.items()):
+        color, at = f"C{i % 10}", [row[x] for row in rows]
+        values = [math.nan if math.isinf(row[y]) else row[y] for row in rows]
+        axis.errorbar(at, values, [row.get("std", 0.0) for row in rows], label=label(name),
+                      color=color, linewidth=1.2, **dots)
+        gone = [row[x] for row in rows if math.isinf(row[y])]
+        axis.plot(gone, [0.98 - 0.03 * i] * len(gone), "x", color=color,
+                  transform=axis.get_xaxis_transform())
+
+
 def figure(sweep: str, rows: list[Row], title: str) -> bytes:
-    """The PNG of a sweep's rows (of its curves for the horizon); what diverged is a × at the top."""
+    """The PNG of a sweep's rows (of its curves for the horizon)."""
     import matplotlib.figure
 
     x, y, by_panel, by_line = FIGURES[sweep]
     check, panels = sweep == "coordinate-check", groups(rows, *by_panel)
     across = len(groups(rows, "layer")) if check else min(3, len(panels))
     down, inches = math.ceil(len(panels) / across), 2.2 if check else 4.5
-    drawing = matplotlib.figure.Figure((max(6, inches * across), inches * down + 1), dpi=120, layout="constrained")
-    ticks = sorted({int(row[x]) for row in rows})
+    size = max(6, inches * across), inches * down + 1
+    drawing = matplotlib.figure.Figure(size, dpi=120, layout="constrained")
     axes = drawing.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
+    ticks = sorted({int(row[x]) for row in rows})
     for axis, (name, group) in zip(axes, panels.items()):
-        for i, (line, points) in enumerate(groups(group, *by_line).items()):
-            at, values, spread = ([number(p.get(column, "0")) for p in points] for column in (x, y, "std"))
-            axis.errorbar(at, values, spread, label=" ".join(word for word in line if word != "-"),
-                          color=f"C{i % 10}", marker="" if x == "step" else "o", markersize=3, linewidth=1.2,
-                          capsize=0 if x == "step" else 2)
-            gone = [a for a, p in zip(at, points) if p[y] == "diverged"]
-            axis.plot(gone, [0.98 - 0.03 * i] * len(gone), "x", color=f"C{i % 10}",
-                      transform=axis.get_xaxis_transform())
+        draw_lines(axis, groups(group, *by_line), x, y)
         axis.set_xscale("log", base=10 if x == "step" else 2)
         if x != "step":
             axis.set_xticks(ticks, ticks, fontsize=7)
             axis.minorticks_off()
         axis.set_yscale("log" if check else "linear")
-        axis.set_title("\n".join(word for word in name if word != "-") if check else f"{by_panel[0]} {name[0]}",
-                       fontsize=7)
+        axis.set_title(label(name, "\n") if check else label((*by_panel, *name)), fontsize=7)
         axis.grid(alpha=0.3)
     for axis in axes[len(panels):]:
         axis.set_visible(False)
@@ -453,12 +520,94 @@ def figure(sweep: str, rows: list[Row], title: str) -> bytes:
     return png.getvalue()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Command line
+# --------------------------------------------------------------------------------------------------
+# What an evaluation has measured so far
 
-# sweep: (its widths, steps and depths by default; a depth of 0 means --depth)
-SWEEPS = {"width": ((32, 128, 512), 1000, [0]), "depth": ((32,), 1000, [3, 6, 12, 16]),
-          "horizon": ((32,), 1000, [0]), "coordinate-check": ((32, 128, 512), 500, [0])}
+
+class Journal:
+    """NAME.partial.jsonl: the results of an evaluation until its CSV is written.
+
+    The first line is its settings, each further one [what was worked out, the result]. The file is
+    removed on leaving the context, unless an error leaves results in it. Raises ValueError for a
+    file of other settings, and for one that another process is writing.
+    """
+
+    def __init__(self, path: pathlib.Path, settings: dict[str, Any]):
+        self.path, self.results = path, {}
+        try:
+            self.file = open(path, "a+b")
+            take_lock(self.file)
+            self.file.seek(0)
+            whole, newline, _ = self.file.read().rpartition(b"\n")  # the last line may be cut off
+            self.file.truncate(len(whole + newline))
+        except BlockingIOError:
+            raise ValueError(f"{path}: another process is writing there; choose another --out or "
+                             "--name") from None
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
+        first, *lines = whole.split(b"\n")
+        if not lines:  # nothing has been measured yet
+            self.file.truncate(0)
+            self.append(settings)
+            return
+        try:
+            before, now = json.loads(first), json.loads(json.dumps(settings))
+            self.results = {json.dumps(key): result for key, result in map(json.loads, lines)}
+            wrong = [f"{tasks.flag(name)} {before[name]}, not {now[name]}"
+                     for name in now if before[name] != now[name]]
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{path}: is damaged, or of another version; move it away") from None
+        if wrong:
+            raise ValueError(f"{path}: holds results of other settings ({'; '.join(wrong)}); give "
+                             "those to go on, or move it away")
+        print(f"going on with the {len(lines)} results in {path}", file=sys.stderr)
+
+    def append(self, line: Any) -> None:
+        """Adds a line, which is on disk when this returns."""
+        try:
+            self.file.write(json.dumps(line).encode() + b"\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot be written ({error.strerror}); free some space, "
+                             "and the same command goes on") from None
+
+    def remember(self, whose: tuple[int, str], tell: Callable[[str], None],
+                 function: Callable) -> Callable:
+        """The function, whose results are kept here. tell: is told what is being worked out."""
+        def recalled(size: Size, hyper: Hyper) -> Any:
+            key = [*whose, function.__name__, size, hyper]
+            if (name := json.dumps(key)) not in self.results:
+                tell(f"{function.__name__} {whose[1]} at width {size[0]}, depth {size[1]}")
+                self.results[name] = function(size, hyper)
+                self.append([key, self.results[name]])
+            return self.results[name]
+
+        return recalled
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, error: type | None, *_: Any) -> None:
+        self.file.close()
+        if error is None or not self.results:
+            self.path.unlink(missing_ok=True)
+
+
+def take_lock(file: Any) -> None:
+    """Keeps a file for this process while it is open. BlockingIOError if another one has it."""
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except (ImportError, OSError) as error:  # not on Windows, and not on every file system
+        print(f"warning: {file.name}: cannot be locked ({error}); start no other evaluation there",
+              file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------------
+# The experiments of results/
 
 # name of the outputs: the flags that make them; {results} holds the shipped θ, {data} the data sets
 PAIR = "--theta {results}/mulo_m.npz {results}/lo_m.npz"
@@ -471,150 +620,237 @@ CIFAR = "--dataset cifar10 --data-dir {data} --image-size 8"
 TEXT = "--dataset text --data-dir {data}/tinyshakespeare.txt"
 BOTH = "--baselines adamw muadam"
 EXPERIMENTS = {
-    "width": f"--sweep width {SIX} {BOTH} {CIFAR} --tune both --tune-seeds 2 --seeds 4 --widths 32 128 512",
-    "width-seeds": f"--sweep width {BOTH_MULO_M} --baselines adamw {CIFAR} --tune per-width --tune-seeds 2 --seed 1 "
-                   "--seeds 8 --widths 32 128 512",
-    "width-between": f"--sweep width {BOTH_MULO_M} --baselines adamw {CIFAR} --tune both --tune-seeds 2 --seeds 4 "
-                     "--widths 32 64 256",
-    "width-2048": f"--sweep width {PAIR} {BASE_WIDTH} --baselines adamw {CIFAR} --tune both --tune-seeds 1 --seeds 3 "
-                  "--widths 32 1024 2048",
-    "width-2048-short": f"--sweep width --theta {{results}}/mulo_s.npz {{results}}/lo_s.npz --baselines adamw {CIFAR} "
-                        "--tune both --tune-seeds 1 --steps 300 --seeds 2 --widths 32 2048",
+    "width": f"--sweep width {SIX} {BOTH} {CIFAR} --tune both --tune-seeds 2 --seeds 4 "
+             "--widths 32 128 512",
+    "width-seeds": f"--sweep width {BOTH_MULO_M} --baselines adamw {CIFAR} --tune per-width "
+                   "--tune-seeds 2 --seed 1 --seeds 8 --widths 32 128 512",
+    "width-between": f"--sweep width {BOTH_MULO_M} --baselines adamw {CIFAR} --tune both "
+                     "--tune-seeds 2 --seeds 4 --widths 32 64 256",
+    "width-2048": f"--sweep width {PAIR} {BASE_WIDTH} --baselines adamw {CIFAR} --tune both "
+                  "--tune-seeds 1 --seeds 3 --widths 32 1024 2048",
+    "width-2048-short": "--sweep width --theta {results}/mulo_s.npz {results}/lo_s.npz --baselines "
+                        f"adamw {CIFAR} --tune both --tune-seeds 1 --steps 300 --seeds 2 "
+                        "--widths 32 2048",
     "depth": f"--sweep depth {FIVE} {BOTH} {CIFAR} --seeds 3 --widths 32 128",
     "horizon": f"--sweep horizon {FIVE} {BOTH} {CIFAR} --seeds 3 --widths 128",
-    "pre-activations": f"--sweep coordinate-check {PAIR} {BASE_WIDTH} {CIFAR} --steps 500 --seeds 2 "
-                       "--widths 32 128 512",
-    "coordinate-check": f"--sweep coordinate-check {ONE_WIDTH} {{results}}/mulo_m.npz {BASE_WIDTH} {CIFAR} "
-                        "--steps 100 --seeds 2 --widths 32 64 128 256 512 1024",
-    "vit": f"--sweep width --task vit --patch 2 {SIX} {BOTH} {CIFAR} --steps 300 --seeds 2 --widths 32 64 128",
-    "lm": f"--sweep width --task lm {SIX} {BOTH} {TEXT} --batch-size 16 --steps 300 --seeds 2 --tune-seeds 1 "
-          "--widths 32 64 128"}
-QUICK = {"quick": f"--sweep width {FIVE} --baselines adamw --widths 32 128 512 --steps 300 --seeds 2"}
+    "pre-activations": f"--sweep coordinate-check {PAIR} {BASE_WIDTH} {CIFAR} --steps 500 "
+                       "--seeds 2 --widths 32 128 512",
+    "coordinate-check": f"--sweep coordinate-check {ONE_WIDTH} {{results}}/mulo_m.npz {BASE_WIDTH} "
+                        f"{CIFAR} --steps 100 --seeds 2 --widths 32 64 128 256 512 1024",
+    "vit": f"--sweep width --task vit --patch 2 {SIX} {BOTH} {CIFAR} --steps 300 --seeds 2 "
+           "--widths 32 64 128",
+    "lm": f"--sweep width --task lm {SIX} {BOTH} {TEXT} --batch-size 16 --steps 300 --seeds 2 "
+          "--tune-seeds 1 --widths 32 64 128"}
+QUICK = {"quick": f"--sweep width {FIVE} --baselines adamw --widths 32 128 512 --steps 300 "
+                  "--seeds 2"}
+
+# --------------------------------------------------------------------------------------------------
+# Command line
 
 
-def make_parser() -> meta_train.CommandLine:
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Where the results go, and in which form; each field is a flag, too."""
+    out: str | None = setting(None, "folder for the results (runs/evaluate if not given, "
+                              "runs/reproduced with --reproduce)", metavar="DIR")
+    name: str | None = setting(None, "of the files in --out (that of the sweep if not given)")
+    plot: bool = setting(False, "also draw a PNG; needs matplotlib")
+
+
+class Plan(NamedTuple):
+    """A checked command line. outputs: {what it holds: file to be written}, NAME.csv the first."""
+    settings: Settings
+    contenders: list[Contender]
+    outputs: dict[str, pathlib.Path]
+    journal: pathlib.Path
+    download: bool
+
+
+def make_parser() -> tasks.CommandLine:
     """The command line of evaluation."""
-    parser = meta_train.CommandLine(prog="evaluate.py", description=__doc__, allow_abbrev=False,
-                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--theta", action="extend", nargs="+", default=[], metavar="FILE",
-                        help="θ as meta_train.py writes it; may be given several times")
-    parser.add_argument("--baselines", nargs="+", default=[], choices=tuple(BASELINES),
-                        help="AdamW in SP, Adam in μP")
-    parser.add_argument("--sweep", choices=tuple(SWEEPS), default="width",
-                        help=f"default: width; horizon goes on to {HORIZON[-1]} times --steps")
-    parser.add_argument("--depths", type=int, nargs="+", metavar="D",
-                        help="for the depth sweep (default: 3 6 12 16)")
-    parser.add_argument("--steps", type=int, metavar="T", help="inner steps (default: 1000, coordinate-check 500)")
-    parser.add_argument("--seeds", type=int, default=3, metavar="S", help="inner runs, side by side (default: 3)")
-    parser.add_argument("--seed", type=int, default=0, help="decides everything that is random (default: 0)")
-    parser.add_argument("--tune", choices=("transfer", "per-width", "both", "none"), default="transfer",
-                        help="baselines at the first width and depth, for all (default), or at each, or both ways")
-    parser.add_argument("--tune-steps", type=int, metavar="T", help="inner steps of tuning (default: --steps)")
-    parser.add_argument("--tune-seeds", type=int, metavar="S", help="inner runs of tuning (default: --seeds)")
-    parser.add_argument("--out", metavar="DIR", help="folder for the results (default: runs/evaluate)")
-    parser.add_argument("--name", help="of the files in --out (default: the sweep's)")
-    parser.add_argument("--plot", action="store_true", help="also draw a PNG; needs matplotlib")
+    parser = tasks.CommandLine(prog="evaluate.py", description=__doc__, allow_abbrev=False,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    tasks.add_flags(parser, Settings, {"widths": "32 128 512; depth and horizon 32"})
+    tasks.add_flags(parser, Output)
     parser.add_argument("--reproduce", nargs="?", const="all", choices=("all", "quick"),
-                        help="the experiments of results/, except what --out (runs/reproduced) already holds")
-    meta_train.add_task_flags(parser)
+                        help="the experiments of results/, except what --out already holds")
     return parser
 
 
-def prepare(argv: Sequence[str] | None) -> Plan:
-    """Parses and checks everything that can be checked without data. Raises ValueError for what is wrong."""
-    args = make_parser().parse_args(argv)
-    default = lambda value, otherwise: otherwise if value is None else value
-    widths, steps, depths = SWEEPS[args.sweep]
-    args.steps, args.out = default(args.steps, steps), default(args.out, "runs/evaluate")
-    args.name, args.tune_seeds = default(args.name, args.sweep), default(args.tune_seeds, args.seeds)
-    args.tune_steps, args.widths = default(args.tune_steps, args.steps), tuple(default(args.widths, widths))
-    fields = [field.name for field in dataclasses.fields(meta_train.Settings)]
-    settings = meta_train.Settings(**{name: value for name in fields
-                                      if (value := getattr(args, name, None)) is not None})
-    meta_train.check(settings)
-    if (args.depth if args.sweep == "depth" else args.depths) is not None:
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The settings that were given, and for others those of the sweep, checked."""
+    given = tasks.given_flags(args, Settings)
+    settings = Settings(**SWEEPS[given.get("sweep", "width")] | given)
+    if ("depth" if settings.sweep == "depth" else "depths") in given:
         raise ValueError("--depths belongs to --sweep depth, --depth to the other sweeps")
-    args.depths = [depth or settings.depth for depth in depths] if args.depths is None else args.depths
-    for flag in ("steps", "seeds", "tune_steps", "tune_seeds", "depths"):
-        value = getattr(args, flag)
-        if not 1 <= np.min(value) <= np.max(value) <= 10_000_000:
-            raise ValueError(f"--{flag.replace('_', '-')} {value}: must be between 1 and 10,000,000")
-    for flag in ("theta", "baselines", "depths"):
-        if len(set(values := getattr(args, flag))) < len(values):
-            raise ValueError(f"--{flag} {' '.join(map(str, values))}: one is given twice")
-    if not args.theta and not args.baselines:
+    missing = {"depths": (settings.depth,), "tune_steps": settings.steps,
+               "tune_seeds": settings.seeds}
+    settings = dataclasses.replace(settings, **{name: value for name, value in missing.items()
+                                                if getattr(settings, name) is None})
+    tasks.check(settings)
+    for name in ("theta", "baselines", "depths"):
+        if len(set(values := getattr(settings, name))) < len(values):
+            raise ValueError(f"--{name} {' '.join(map(str, values))}: one is given twice")
+    if not settings.theta and not settings.baselines:
         raise ValueError("nothing to evaluate: give a --theta, or --baselines, or --reproduce")
-    if args.sweep == "coordinate-check" and len(args.widths) < 2:
-        raise ValueError(f"--widths {args.widths[0]}: a coordinate check needs two or more")
-    if args.name != pathlib.PurePath(args.name).name:
-        raise ValueError(f"--name {args.name!r}: must be the beginning of a file name")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib, which is missing: pip install matplotlib, or leave --plot out")
-    kinds = {"horizon": {"table": ".csv", "curves": "-curves.csv"}, "coordinate-check": {"check": ".csv"}}
-    endings = kinds.get(args.sweep, {"table": ".csv"}) | ({"figure": ".png"} if args.plot else {})
-    outputs = {kind: pathlib.Path(args.out, args.name + ending) for kind, ending in endings.items()}
-    for path in outputs.values():
+    if settings.sweep == "coordinate-check" and len(settings.widths) < 2:
+        raise ValueError(f"--widths {settings.widths[0]}: a coordinate check needs two or more")
+    return settings
+
+
+def prepare(argv: Sequence[str] | None) -> Plan:
+    """Parses and checks everything but the data and the folder of the results."""
+    args = make_parser().parse_args(argv)
+    settings, output = settings_of(args), Output(**tasks.given_flags(args, Output))
+    name = settings.sweep if output.name is None else output.name
+    if name != pathlib.PurePath(name).name:
+        raise ValueError(f"--name {name!r}: must be the beginning of a file name")
+    if output.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib, which is missing: pip install matplotlib, or "
+                         "leave --plot out")
+    endings = {"check" if settings.sweep == "coordinate-check" else "table": ".csv"}
+    endings |= {"curves": "-curves.csv"} if settings.sweep == "horizon" else {}
+    endings |= {"figure": ".png"} if output.plot else {}
+    folder = pathlib.Path(output.out or "runs/evaluate")
+    return Plan(settings, load_contenders(settings.theta, settings.baselines),
+                {kind: folder / (name + ending) for kind, ending in endings.items()},
+                folder / f"{name}.partial.jsonl", bool(args.download))
+
+
+def check_outputs(plan: Plan) -> None:
+    """Raises ValueError where a file to be written is there, but for one of a killed evaluation."""
+    first, *others = plan.outputs.values()
+    for path in [first] if plan.journal.exists() else [first, *others]:
         if path.exists():
-            raise ValueError(f"{path}: is already there; move it away, or choose another --out or --name")
-    return Plan(args, settings, load_contenders(args.theta, args.baselines), outputs)
+            raise ValueError(f"{path}: is already there; move it away, or choose another --out or "
+                             "--name")
 
 
-def carry_out(plan: Plan) -> None:
-    """Loads the data, trains, prints the table and writes the files."""
-    args, settings, outputs = plan.args, plan.settings, dict(plan.outputs)
-    jax.config.update("jax_default_matmul_precision", settings.matmul_precision)
-    dataset = meta_train.load_data(settings, args.download)
-    try:
-        pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {args.out}: cannot be made a folder ({error.strerror})") from None
-    with np.errstate(all="ignore"):  # NumPy would warn of runs that diverge
-        rows = measure(plan, dataset)
-        if "check" in rows:
-            add_slopes(rows["check"])
-    print(f"\n{settings.task} on {dataset.name}, batch size {settings.batch_size}, seed {settings.seed}; losses "
-          "in nats, the mean over the last twentieth of the steps\n",
-          check_table(rows["check"]) if "check" in rows else table(rows["table"], COLUMNS["table"]), "", sep="\n")
-    if path := outputs.pop("figure", None):
-        steps = args.steps * (HORIZON[-1] if args.sweep == "horizon" else 1)
-        title = f"{settings.task} on {dataset.name}, {steps:,} steps, seeds: {args.seeds}"
-        lopt.write_atomically(path, figure(args.sweep, list(rows.values())[-1], title))
-    for kind, path in reversed(outputs.items()):  # NAME.csv is the last: where it is, all of them are
-        write_csv(path, rows[kind], COLUMNS[kind])
-    print("wrote " + ", ".join(map(str, plan.outputs.values())), flush=True)
-
-
-def reproduce(args: argparse.Namespace) -> None:
-    """Runs the experiments whose CSV is not in --out yet, after a check of them all."""
-    for name, value in vars(args).items():
-        free = name in ("reproduce", "out", "data_dir", "download", "plot")
-        if not free and value != make_parser().get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')} does not go with --reproduce, which decides it")
-    out = args.out or "runs/reproduced"
-    places = {"results": pathlib.Path(__file__).resolve().parent / "results", "data": args.data_dir or "data"}
-    plans = []
+def reproductions(args: argparse.Namespace) -> list[Plan]:
+    """The plans of experiments whose CSV is not in --out. Draws figures of those whose CSV is."""
+    for name in [*tasks.given_flags(args, Settings), *["name"] * (args.name is not None)]:
+        if name != "data_dir":
+            raise ValueError(f"{tasks.flag(name)} does not go with --reproduce, which decides it")
+    results = pathlib.Path(__file__).resolve().parent / "results"
+    places, plans = {"results": results, "data": args.data_dir or "data"}, []
     for name, flags in (QUICK if args.reproduce == "quick" else EXPERIMENTS).items():
-        argv = [flag.format(**places) for flag in flags.split()] + ["--out", out, "--name", name]
-        argv += ["--plot"] * args.plot + ["--download"] * bool(args.download and "cifar10" in argv)
-        if pathlib.Path(out, f"{name}.csv").exists():
-            print(f"{out}/{name}.csv is already there")
-        else:
-            plans.append(prepare(argv))
+        argv = [flag.format(**places) for flag in flags.split()] + ["--plot"] * bool(args.plot)
+        argv += ["--download"] * bool(args.download and "cifar10" in argv)
+        plan = prepare([*argv, "--out", args.out or "runs/reproduced", "--name", name])
+        path, *_ = plan.outputs.values()
+        if not path.exists():
+            check_outputs(plan)
+            plans.append(plan)
+            continue
+        print(f"{path} is already there")
+        if args.plot and not plan.outputs["figure"].exists():
+            draw(plan)
+    return plans
+
+
+# --------------------------------------------------------------------------------------------------
+# The run
+
+# the settings of a data set
+DATA = ("dataset", "data_dir", "image_size", "vocab_size", "sequence_length")
+
+
+def load(plans: Sequence[Plan]) -> Iterator[tasks.Dataset]:
+    """The data set of each plan, loaded once for all that share it, if it fits the networks."""
+    loaded: dict[tuple, tasks.Dataset] = {}
     for plan in plans:
-        carry_out(plan)
+        data = tuple(getattr(plan.settings, name) for name in DATA)
+        if data not in loaded:
+            loaded[data] = tasks.load_data(plan.settings, plan.download)
+        for size in plan.settings.sizes:
+            tasks.task_of(plan.settings, loaded[data], *size, mup.SP)
+        yield loaded[data]
+
+
+def record(settings: Settings, dataset: tasks.Dataset) -> dict[str, Any]:
+    """The settings as a journal holds them: θ with checksums, the data set with its statistics."""
+    theta = {path: hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+             for path in settings.theta}
+    data = [dataset.name, dataset.train.inputs.shape, dataset.mean, dataset.std]
+    return dataclasses.asdict(settings) | {"theta": theta, "dataset": data}
+
+
+def measure(plan: Plan, dataset: tasks.Dataset, journal: Journal) -> Rows:
+    """Sweeps all contenders, with their progress on stderr."""
+    settings, rows = plan.settings, {}
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    bar = {} if terminal else {"disable": True}  # a log gets the lines alone
+    with tqdm.tqdm(total=len(plan.contenders) * len(settings.sizes), desc=settings.sweep,
+                   unit="job", **bar) as progress:
+        for i, contender in enumerate(plan.contenders):
+            remember = functools.partial(journal.remember, (i, contender.name),
+                                         progress.set_postfix_str)
+            for new in sweep(settings, dataset, contender, remember):
+                for kind in new:
+                    rows.setdefault(kind, []).extend(new[kind])
+                for row in {row["tuned"]: row for row in list(new.values())[0]}.values():
+                    loss = cell(row, "loss") if "loss" in row else "checked"
+                    progress.write(f"{contender.name} ({row['tuned']}), width {row['width']}, "
+                                   f"depth {row['depth']}: {loss}", sys.stderr)
+                progress.update()
+    if "check" in rows:
+        add_slopes(rows["check"])
+    return rows
+
+
+def draw(plan: Plan, rows: Rows | None = None) -> bool:
+    """Writes the figure of these rows, or else of the CSV; what fails is a warning, and False."""
+    settings, path = plan.settings, plan.outputs["figure"]
+    kind = {"horizon": "curves", "coordinate-check": "check"}.get(settings.sweep, "table")
+    steps = settings.steps * (HORIZON[-1] if settings.sweep == "horizon" else 1)
+    title = f"{settings.task} on {settings.dataset}, {steps:,} steps, seeds: {settings.seeds}"
+    try:
+        shown = read_csv(plan.outputs[kind]) if rows is None else rows[kind]
+        lopt.write_atomically(path, figure(settings.sweep, shown, title))
+    except Exception as error:  # matplotlib may be of any version, or broken
+        print(f"evaluate.py: warning: {path}: could not be drawn ({type(error).__name__}: "
+              f"{tasks.first_line(error)})", file=sys.stderr)
+        return False
+    return True
+
+
+def carry_out(plan: Plan, dataset: tasks.Dataset) -> None:
+    """Trains, writes the CSV, draws the figure, prints the table: in this order."""
+    settings, outputs = plan.settings, plan.outputs
+    jax.config.update("jax_default_matmul_precision", settings.matmul_precision)
+    folder = plan.journal.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {folder}: cannot be made a folder ({error.strerror})") from None
+    with Journal(plan.journal, record(settings, dataset)) as journal:
+        with np.errstate(all="ignore"):  # NumPy would warn of runs that diverge
+            rows = measure(plan, dataset, journal)
+        check_outputs(plan)
+        for kind in ("curves", "table", "check"):  # NAME.csv is the last: where it is, all are
+            if kind in rows:
+                write_csv(outputs[kind], rows[kind], COLUMNS[kind])
+    wrote = [path for kind, path in outputs.items() if kind != "figure" or draw(plan, rows)]
+    shown = check_table(rows["check"]) if "check" in rows else table(rows["table"])
+    print(f"\n{settings.task} on {dataset.name}, batch size {settings.batch_size}, seed "
+          f"{settings.seed}; losses in nats, the mean over the last twentieth of the steps\n",
+          shown, "", "wrote " + ", ".join(map(str, wrote)), sep="\n", flush=True)
 
 
 def run(argv: Sequence[str] | None) -> int:
     """The command line; returns the exit code. Raises ValueError for any bad input."""
     args = make_parser().parse_args(argv)
-    meta_train.set_up_devices(0, None)  # one for each core, whatever the number of seeds: see devices_for
+    tasks.set_up_devices(0)  # one for each core: `over_seeds` takes as many of them as it can
     if args.reproduce:
-        reproduce(args)
+        plans = reproductions(args)
     else:
-        carry_out(prepare(argv))
+        plans = [prepare(argv)]
+        check_outputs(plans[0])
+    for plan, dataset in zip(plans, list(load(plans))):  # all data are there before the first run
+        carry_out(plan, dataset)
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python would wait for a compiled run to end, for many minutes
-    sys.exit(meta_train.run_command(run, "evaluate.py", None))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python would wait for a compiled run to end
+    sys.exit(tasks.run_command(run, "evaluate.py", None))

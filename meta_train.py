@@ -1,29 +1,32 @@
 """Meta-training: the outer loop that trains θ, the learned optimizer's weights.
 
-    python meta_train.py                                   a μLO on small MLPs, in minutes on two cores
-    python meta_train.py --parametrization sp              the same in the standard parametrization
-    python meta_train.py --preset paper-m --dataset imagenet32 --data-dir data     the paper's μLO_M
-    python meta_train.py --out runs/a --resume             goes on where runs/a was interrupted
-    python meta_train.py --first-theta runs/a/theta.npz    a new run that begins with the θ of another
+    python meta_train.py                                a μLO on small MLPs, in minutes on two cores
+    python meta_train.py --parametrization sp           the same in standard parametrization (SP)
+    python meta_train.py --preset paper-m --data-dir D  the paper's μLO_M, on ImageNet 32×32 in D/
+    python meta_train.py --out runs/a --resume          goes on where runs/a was interrupted
+    python meta_train.py --first-theta runs/a/theta.npz     begins a new run with the θ of another
 
-One meta-step perturbs θ for N antithetic pairs of inner runs on every task, moves all of them K inner steps on, makes
-the PES estimate of the meta-gradient of that (es.py), and takes a step of AdamW on θ (lopt.py); it is one jitted
-function.
-The pairs are sharded over the local devices (one for each core of a CPU), and over all hosts with --distributed.
+One meta-step perturbs θ for N antithetic pairs of inner runs on every task, moves all of them K
+inner steps on, estimates the meta-gradient from their losses by Persistent Evolution Strategies
+(PES, es.py), and takes a step of AdamW on θ (lopt.py). It is one jitted function. The pairs are
+sharded over the local devices (one for each core of a CPU), and over all hosts with --distributed.
 
-OUT/ holds theta.npz (θ at the end), metrics.csv (a row for each meta-step) and the last two checkpoints, from which
-a run that was interrupted goes on exactly. What is random depends on the seed, the pair and the time alone.
+OUT/ holds theta.npz (θ, written with each checkpoint), metrics.csv (a row for each meta-step),
+meta-loss.png (where matplotlib is there) and the last two checkpoints, from which a run that was
+interrupted goes on exactly. What is random depends on the seed, the pair and the time alone.
 
-Sources: μLO (arXiv 2406.00153) for the settings, PES (arXiv 2112.13835).
+Sources: μLO (arXiv 2406.00153) for the settings, PES (arXiv 2112.13835). The paper's μLO_S is
+meta-trained on inner networks of one width (--preset paper-s), its μLO_M on three (paper-m).
 
-Dimensions: N pairs of one task, K inner steps of a truncation.
+Dimensions: N pairs of one task, K inner steps of a truncation, P numbers of θ.
 """
 
 import argparse
 import contextlib
 import csv
 import dataclasses
-import fcntl
+import errno
+import fnmatch
 import functools
 import hashlib
 import io
@@ -31,12 +34,13 @@ import itertools
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -52,58 +56,68 @@ import lopt
 import mup
 import tasks
 from lopt import Array, Tree
+from tasks import setting
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Settings
+
+SQUARABLE = dict(above=1e-18, below=1e18)  # bounds of a number whose square float32 must hold
+of_pes = functools.partial(setting, group="PES")
+of_lopt = functools.partial(setting, group="learned optimizer")
+of_meta = functools.partial(setting, group="meta-optimizer")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Everything that decides the result of a run; each field is a flag of the command line."""
-    task: str = "mlp"
-    parametrization: str = "mup"
-    input_mult: float = 1.0
-    output_mult: float = 1.0
-    hidden_lr_mult: float = 1.0
-    base_width: int = 0
-    dataset: str = "synthetic"
-    data_dir: str | None = None
-    image_size: int | None = None
-    vocab_size: int | None = None
-    sequence_length: int | None = None
-    widths: tuple[int, ...] = (32,)
-    depth: int = 3
-    heads: int | None = None
-    patch: int | None = None
-    remat: bool = False
-    batch_size: int = 64
-    pairs: int = 8
-    truncation: int = 50
-    sigma: float = 0.01
-    min_length: int = 100
-    max_length: int = 1000
-    max_offset: int | None = None
-    meta_steps: int = 800
-    learning_rate: float = 3e-3
-    final_learning_rate: float = 1e-3
-    warmup_steps: int = 100
-    step_mult: float | None = None
-    exp_mult: float = 0.001
-    weight_decay: float = 1e-4
-    matmul_precision: str = "highest"
-    first_theta: str | None = None
-    seed: int = 0
+class Settings(tasks.TaskSettings):
+    """Everything that decides the result of a run, said once, here: the flags are made of it."""
+    parametrization: str = setting("mup", "that of the inner networks", choices=("mup", "sp"))
+    input_mult: float = setting(1.0, "μP's multiplier of the first layer", metavar="c",
+                                **SQUARABLE)
+    output_mult: float = setting(1.0, "μP's multiplier of the logits", metavar="c", **SQUARABLE)
+    hidden_lr_mult: float = setting(1.0, "μP's multiplier of the updates of hidden weights",
+                                    metavar="c", **SQUARABLE)
+    base_width: int = setting(
+        0, "multiply gradients by width/W before the learned optimizer sees them, so that its ε "
+        "weigh the same at all widths; 0 leaves them as they are, as in the paper", low=0,
+        metavar="W")
+
+    pairs: int = of_pes(8, "antithetic pairs of inner runs for each width", low=1, metavar="N")
+    truncation: int = of_pes(50, "inner steps of a meta-step", low=1, metavar="K")
+    sigma: float = of_pes(0.01, "standard deviation σ of the perturbations", metavar="σ",
+                          **SQUARABLE)
+    min_length: int = of_pes(100, "shortest inner run, in steps", low=1, metavar="T")
+    max_length: int = of_pes(1000, "longest inner run, in steps", low=1, below=2**30, metavar="T")
+    max_offset: int | None = of_pes(
+        None, "the first runs are shorter, at random, by less than this (K if not given); give "
+        "the length where all runs have the same", low=1, metavar="T")
+
+    hidden: int = of_lopt(32, "units of each hidden layer of the MLP; --first-theta brings its "
+                          "own", low=1, metavar="H")
+    step_mult: float | None = of_lopt(
+        None, "scale of all updates (if neither it nor a preset says, 0.01 in μP and 0.001 in SP)",
+        metavar="c", **SQUARABLE)
+    exp_mult: float = of_lopt(0.001, "scale of the log-magnitudes", low=0, below=1e18, metavar="c")
+    first_theta: str | None = of_lopt(None, "begin with the θ of this file (a random one if not "
+                                      "given)", metavar="FILE")
+
+    meta_steps: int = of_meta(800, "meta-steps of the whole run", low=1, metavar="M")
+    learning_rate: float = of_meta(3e-3, "learning rate after the warm-up", metavar="η",
+                                   **SQUARABLE)
+    final_learning_rate: float = of_meta(1e-3, "learning rate at the end of the cosine",
+                                         metavar="η", **SQUARABLE)
+    warmup_steps: int = of_meta(100, "meta-steps of the warm-up", low=0, metavar="M")
+    weight_decay: float = of_meta(1e-4, "decoupled weight decay of θ", low=0, below=1e18,
+                                  metavar="λ")
 
 
 PAPER = dict(dataset="imagenet32", batch_size=4096, meta_steps=5000)
-# The multipliers of the laptop's preset make μP at width 16 the same as SP, but for what is 0 or random at first. With
-# the paper's 1 the updates of hidden weights are small beside those of the others: a loss 0.03 higher at width 32.
+# The multipliers of the laptop's preset make μP at width 16 the same as SP, but for what is 0 or
+# random at first. With the paper's 1 the updates of hidden weights are small beside those of the
+# others: a loss 0.03 higher at width 32.
 PRESETS = {"laptop": dict(output_mult=16.0, hidden_lr_mult=16.0, step_mult=0.003),
            "paper-s": PAPER | {"widths": (128,)}, "paper-m": PAPER | {"widths": (128, 512, 1024)}}
-STEP_MULT = {"mup": 0.01, "sp": 0.001}  # μLO divides a hidden weight's update by its fan_in, hence takes larger steps
-OF_PARAMETRIZATION = mup.Parametrization._fields[1:]  # the settings that it takes beside its name
-MULTIPLIERS = tuple(name for name in OF_PARAMETRIZATION if name.endswith("_mult"))
-MAY_CHANGE = ("meta_steps", "data_dir")  # on resuming; meta_steps upward only
+STEP_MULT = {"mup": 0.01, "sp": 0.001}  # larger in μP, which divides hidden updates by fan_in
+MULTIPLIERS = ("input_mult", "output_mult", "hidden_lr_mult")
 
 
 def preset_settings(preset: str, parametrization: str) -> dict[str, Any]:
@@ -112,83 +126,95 @@ def preset_settings(preset: str, parametrization: str) -> dict[str, Any]:
     return {name: value for name, value in PRESETS[preset].items() if name not in only_in_mup}
 
 
-def pes_settings(settings: Settings) -> es.Settings:
-    """The part of the settings that es.py needs."""
-    return es.Settings(settings.sigma, settings.truncation, settings.min_length, settings.max_length,
-                       settings.max_offset)
-
-
 def check(settings: Settings) -> None:
-    """Raises ValueError, in one line that names the flag, for a setting that is impossible."""
-    def need(good: bool, flag: str, why: str) -> None:
+    """Raises ValueError, in one line that names the flag, for settings that are impossible."""
+    def need(good: bool, name: str, why: str) -> None:
         if not good:
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(settings, flag)!s}: {why}")
+            raise ValueError(f"{tasks.flag(name)} {getattr(settings, name)}: {why}")
 
-    for name, choices in (("task", tasks.TASKS), ("parametrization", ("mup", "sp")), ("dataset", tasks.DATASETS)):
-        need(getattr(settings, name) in choices, name, f"use one of {', '.join(choices)}")
-    for name in ("depth", "batch_size", "pairs", "truncation", "min_length", "meta_steps"):
-        need(getattr(settings, name) >= 1, name, "must be at least 1")
-    for name in ("image_size", "vocab_size", "sequence_length", "heads", "patch"):
-        need((getattr(settings, name) or 1) >= 1 and getattr(settings, name) != 0, name, "must be at least 1")
-    # whose squares float32 holds
-    for name in ("sigma", "learning_rate", "final_learning_rate", "step_mult", *MULTIPLIERS):
-        value = getattr(settings, name)
-        need(value is None or 1e-18 < value < 1e18, name, "must be a positive number, above 1e-18 and below 1e18")
-    for name in ("exp_mult", "weight_decay"):
-        need(0 <= getattr(settings, name) < 1e18, name, "must be a number from 0 to 1e18")
-    for name, value in dataclasses.asdict(settings).items():
-        largest = max(value, default=0) if isinstance(value, tuple) else value
-        need(name == "seed" or not isinstance(largest, int) or largest < 2**31, name, "is too large")
+    tasks.check(settings)  # each by its own bounds; what follows relates several
+    is_mup = settings.parametrization == "mup"
     for name in MULTIPLIERS:
-        need(settings.parametrization == "mup" or getattr(settings, name) == 1, name, "SP has no multipliers")
-    need(settings.base_width >= 0, "base_width", "must not be negative")
-    need(settings.parametrization == "mup" or settings.base_width == 0, "base_width", "SP has none")
-    need(len(settings.widths) > 0 and min(settings.widths) >= 1, "widths", "must be at least 1")
-    need(len(set(settings.widths)) == len(settings.widths), "widths", "a width is repeated")
+        need(is_mup or getattr(settings, name) == 1, name, "SP has no multipliers")
+    need(is_mup or settings.base_width == 0, "base_width", "SP has none")
     need(settings.truncation <= settings.min_length, "truncation",
          f"longer than the shortest run, --min-length {settings.min_length}")
     need(settings.min_length <= settings.max_length, "min_length",
          f"longer than the longest run, --max-length {settings.max_length}")
-    need(settings.max_length < 2**30, "max_length", "is too long")
-    need(settings.max_offset is None or 1 <= settings.max_offset <= settings.min_length, "max_offset",
-         f"must be at least 1, and at most the shortest run, --min-length {settings.min_length}")
-    need(settings.warmup_steps >= 0, "warmup_steps", "must not be negative")
-    need(settings.meta_steps * settings.truncation < 2**31, "meta_steps", "too many inner steps to be counted")
-    need(0 <= settings.seed < 2**32, "seed", "must be between 0 and 4294967295")
+    need((settings.max_offset or 1) <= settings.min_length, "max_offset",
+         f"must be at most the shortest run, --min-length {settings.min_length}")
+    need(settings.meta_steps * settings.truncation < 2**31, "meta_steps",
+         "too many inner steps to be counted")
 
 
-def load_data(settings: Any, download: bool = False) -> tasks.Dataset:
-    """The data set that dataset, data_dir, image_size … of the settings name; fetched before if asked to."""
-    data_dir = settings.data_dir or (None if settings.dataset == "synthetic" else "data")
-    if download:
-        tasks.download(settings.dataset, data_dir or "data")
-    return tasks.load_dataset(settings.dataset, data_dir, settings.image_size, vocab_size=settings.vocab_size,
-                              sequence_length=settings.sequence_length)
+# --------------------------------------------------------------------------------------------------
+# The learned optimizer that a run begins with
 
 
-def make_task(settings: Any, dataset: tasks.Dataset, width: int, depth: int,
-              parametrization: mup.Parametrization) -> tasks.Task:
-    """The inner task of the settings at one width and depth."""
-    options = {name: getattr(settings, name) for name in ("heads", "patch", "remat", "sequence_length")
-               if getattr(settings, name) not in (None, False)}
-    return tasks.make_task(settings.task, dataset, width, depth, settings.batch_size, parametrization, **options)
+def first_learned(settings: Settings) -> lopt.Learned:
+    """The learned optimizer before the first meta-step, with a random θ or that of `first_theta`.
+
+    Raises ValueError where the file's MLP, parametrization or scales of the updates are not those
+    of the settings: the same θ would then be another optimizer.
+    """
+    learned = without_theta(settings)
+    if settings.first_theta is None:
+        theta_key, _ = jax.random.split(jax.random.key(settings.seed))
+        return learned._replace(theta=lopt.init_theta(theta_key, settings.hidden))
+
+    first = lopt.load(settings.first_theta)
+    was, now = first.parametrization, learned.parametrization
+    both = {"hidden": (hidden_units(first), settings.hidden),
+            "parametrization": (was.name, now.name),
+            **{name: (getattr(was, name), getattr(now, name)) for name in MULTIPLIERS},
+            "step_mult": (first.step_mult, learned.step_mult),
+            "exp_mult": (first.exp_mult, learned.exp_mult)}
+    if wrong := [f"{tasks.flag(name)} {a}, not {b}" for name, (a, b) in both.items() if a != b]:
+        raise ValueError(f"--first-theta {settings.first_theta}: was meta-trained with "
+                         f"{'; '.join(wrong)}")
+    return learned._replace(theta=first.theta, made=learned.made | {"origin": first.made})
 
 
-# ---------------------------------------------------------------------------------------------------------
+def without_theta(settings: Settings) -> lopt.Learned:
+    """The learned optimizer of the settings, but for its θ."""
+    parametrization = mup.Parametrization(settings.parametrization, settings.input_mult,
+                                          settings.output_mult, settings.hidden_lr_mult,
+                                          settings.base_width)
+    step_mult = settings.step_mult or STEP_MULT[settings.parametrization]
+    return lopt.Learned({}, step_mult, settings.exp_mult, parametrization,
+                        made={"settings": dataclasses.asdict(settings)})
+
+
+def with_theta(learned: lopt.Learned, vector: Array) -> lopt.Learned:
+    """The learned optimizer with another θ, given as a vector [P]: its arrays in order of name."""
+    _, unravel = ravel_pytree(learned.theta)
+    return learned._replace(theta=unravel(vector))
+
+
+def hidden_units(learned: lopt.Learned) -> int:
+    """How many units the first hidden layer of a learned optimizer's MLP has."""
+    return len(learned.theta["b0"])
+
+
+# --------------------------------------------------------------------------------------------------
 # The meta-step
 
 
 class MetaState(NamedTuple):
-    """theta: θ as one vector [P], as `lopt.theta_from_vector` reads it. adam: state of AdamW. pairs: one `es.Pairs`
-    for each width, sharded over the devices. meta_step: int32, meta-steps made."""
+    """The state of meta-training between two meta-steps.
+
+    theta: θ as one vector [P], as `with_theta` reads it. adam: the state of AdamW. pairs: for each
+    task its N pairs, an `es.Pair` with leaves [N, …], sharded over the devices. meta_step: int32,
+    how many have been made.
+    """
     theta: Array
     adam: lopt.AdamState
-    pairs: tuple[es.Pairs, ...]
+    pairs: tuple[es.Pair, ...]
     meta_step: Array
 
 
 class Metrics(NamedTuple):
-    """Scalars of one meta-step. nonfinite: entries of the meta-gradient that were not finite and counted as 0."""
+    """Scalars of one meta-step. nonfinite: how many entries of the meta-gradient counted as 0."""
     meta_loss: Array
     grad_norm: Array
     update_norm: Array
@@ -196,101 +222,83 @@ class Metrics(NamedTuple):
     nonfinite: Array
 
 
-def parametrization(settings: Settings) -> mup.Parametrization:
-    """That of the inner networks, with its multipliers."""
-    return mup.Parametrization(settings.parametrization, *[getattr(settings, name) for name in OF_PARAMETRIZATION])
+def make_meta_step(settings: Settings, inner_tasks: Sequence[tasks.Task], mesh: Mesh,
+                   learned: lopt.Learned) -> tuple[Callable, Callable]:
+    """(init() → MetaState, meta_step(state, split) → (MetaState, Metrics)), jitted over a mesh.
 
+    learned: what meta-training begins with. Each device holds and unrolls its share of every
+    task's pairs; only the pairs' gradients travel between them. θ is one vector here: with an
+    operation for each of its nine arrays, XLA would take seconds longer to compile.
+    """
+    pes = es.Settings(settings.sigma, settings.truncation, settings.min_length, settings.max_length,
+                      settings.max_offset)
+    schedule = learning_rate_schedule(settings)
+    adamw = lopt.adamw(schedule, weight_decay=settings.weight_decay)
+    _, pairs_key = jax.random.split(jax.random.key(settings.seed))
+    keys = [es.pair_keys(jax.random.fold_in(pairs_key, i), jnp.arange(settings.pairs))
+            for i in range(len(inner_tasks))]  # of the N pairs of each task
 
-def step_mult(settings: Settings) -> float:
-    """The scale of all updates: as given, or μLO's for the parametrization."""
-    return STEP_MULT[settings.parametrization] if settings.step_mult is None else settings.step_mult
+    def inner(task: tasks.Task) -> es.Inner:
+        """A task with the learned optimizer whose θ is perturbed."""
+        def optimizer(theta: Array, num_steps: Array) -> lopt.Optimizer:
+            return tasks.optimizer_for(task, with_theta(learned, theta), num_steps)
 
+        return es.Inner(task, optimizer)
 
-def read_first_theta(settings: Settings) -> tuple[dict[str, Array] | None, dict[str, Any] | None]:
-    """(θ, metadata) of the file to begin with, or (None, None). Raises ValueError where the scales of its updates or
-    its parametrization are not those of the settings: the same θ would then be another optimizer."""
-    if settings.first_theta is None:
-        return None, None
-    theta, metadata = lopt.load_theta(settings.first_theta)
-    before = dict(zip(("parametrization", *MULTIPLIERS), mup.parametrization_of(metadata)),
-                  step_mult=metadata["step_mult"], exp_mult=metadata["exp_mult"])
-    now = {name: getattr(settings, name) for name in before} | {"step_mult": step_mult(settings)}
-    if wrong := [f"--{name.replace('_', '-')} {before[name]}, not {now[name]}"
-                 for name in before if before[name] != now[name]]:
-        raise ValueError(f"--first-theta {settings.first_theta}: was meta-trained with {'; '.join(wrong)}")
-    return theta, metadata
+    def init() -> MetaState:
+        theta, _ = ravel_pytree(learned.theta)
+
+        def first_runs(task, keys):
+            def begin(key, _, theta):
+                return (), es.begin(inner(task), theta, key, pes)
+
+            return es.over_pairs(begin, mesh)(keys, None, theta)[1]
+
+        pairs = tuple(map(first_runs, inner_tasks, keys))
+        return MetaState(theta, adamw.init(theta), pairs, jnp.zeros((), jnp.int32))
+
+    def meta_step(state: MetaState, split: tasks.Split) -> tuple[MetaState, Metrics]:
+        # PES on each task: one truncation of each of its N pairs, and the mean of their estimates
+        def truncation(task, keys, pairs):
+            def of_pair(key, pair, theta, split, meta_step):
+                return es.truncation(inner(task), theta, pair, key, split, meta_step, pes)
+
+            everywhere = state.theta, split, state.meta_step
+            return es.over_pairs(of_pair, mesh)(keys, pairs, *everywhere)
+
+        estimates, pairs = zip(*map(truncation, inner_tasks, keys, state.pairs))
+
+        # The meta-gradient: the mean over the tasks, with 0 for what is not finite
+        gradient, meta_loss = (sum(of_tasks) / len(inner_tasks) for of_tasks in zip(*estimates))
+        gradient, nonfinite = zero_nonfinite(gradient)
+
+        # The meta-optimizer: AdamW, whose update is clipped
+        updates, adam = adamw.update(gradient, state.adam, state.theta)
+        updates = lopt.clip_by_global_norm(updates, 1.0)
+        theta = state.theta + updates
+
+        # A meta-gradient without any finite entry changes nothing
+        usable = nonfinite < gradient.size
+        theta, adam = jax.tree.map(functools.partial(jnp.where, usable), (theta, adam),
+                                   (state.theta, state.adam))
+        metrics = Metrics(meta_loss, lopt.global_norm(gradient), lopt.global_norm(updates),
+                          schedule(state.adam.step), nonfinite)
+        return MetaState(theta, adam, pairs, state.meta_step + 1), metrics
+
+    copies = NamedSharding(mesh, PartitionSpec())
+    by_pair = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
+    shardings = MetaState(theta=copies, adam=copies, pairs=by_pair, meta_step=copies)
+    return (jax.jit(init, out_shardings=shardings),
+            jax.jit(meta_step, in_shardings=(shardings, copies), out_shardings=(shardings, copies),
+                    donate_argnums=0))
 
 
 def learning_rate_schedule(settings: Settings) -> Callable[[Array], Array]:
-    """μLO's: linear warm-up from 3e-10, then a cosine that ends at 98% of the meta-steps (4,900 of 5,000)."""
+    """μLO's: linear warm-up from 3e-10, then a cosine that ends at 98% of the meta-steps."""
     warmup = min(settings.warmup_steps, settings.meta_steps)
+    end = max(settings.meta_steps * 98 // 100, warmup + 1)  # 4,900 of 5,000
     return lopt.warmup_cosine(3e-10, settings.learning_rate, settings.final_learning_rate, warmup,
-                              max(settings.meta_steps * 98 // 100, warmup + 1))
-
-
-def make_functions(settings: Settings, inner_tasks: Sequence[tasks.Task], mesh: Mesh,
-                   first_theta: Tree | None = None) -> tuple[Callable, Callable]:
-    """(init() → MetaState, meta_step(state, split) → (state, metrics)), both jitted over the devices of the mesh.
-
-    first_theta: θ to begin with, None for a random one.
-
-    Each device holds and unrolls its share of every task's pairs; only the pairs' gradients travel between them.
-    θ is one vector here: with an operation for each of its nine arrays, XLA would take seconds longer to compile.
-    """
-    pes = pes_settings(settings)
-    devices = mesh.devices.size
-    share = settings.pairs // devices
-    chunk = lopt.default_chunk(2 * es.pairs_at_once(share))
-    schedule = learning_rate_schedule(settings)
-    adam = lopt.adamw(schedule, weight_decay=settings.weight_decay)
-    seed_key = jax.random.key(settings.seed)
-    theta_key, pairs_key = jax.random.split(seed_key)
-    everywhere, by_pair = PartitionSpec(), PartitionSpec("pairs")
-    sharded = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-
-    def optimizer(task: tasks.Task) -> Callable[[Tree], lopt.Optimizer]:
-        return lambda theta: lopt.learned_optimizer(
-            lopt.theta_from_vector(theta), step_mult=step_mult(settings), exp_mult=settings.exp_mult,
-            update_multipliers=task.update_multipliers, gradient_multiplier=task.gradient_multiplier, chunk=chunk)
-
-    def keys_here(task_index: int) -> Array:
-        pairs = jax.lax.axis_index("pairs") * share + jnp.arange(share)
-        return es.pair_keys(jax.random.fold_in(pairs_key, task_index), pairs)
-
-    @functools.partial(sharded, in_specs=everywhere, out_specs=by_pair)
-    def init_pairs(theta):
-        return tuple(es.init_pairs(task, optimizer(task), theta, keys_here(i), pes)
-                     for i, task in enumerate(inner_tasks))
-
-    @functools.partial(sharded, in_specs=(everywhere, by_pair, everywhere, everywhere),
-                       out_specs=(everywhere, everywhere, by_pair))
-    def estimate(theta, pairs, split, meta_step):
-        gradients, losses, pairs = zip(*[
-            es.estimate(task, optimizer(task), theta, pairs[i], keys_here(i), split, meta_step, pes, axis="pairs")
-            for i, task in enumerate(inner_tasks)])
-        mean = lambda *trees: sum(trees) / len(trees)
-        return jax.tree.map(mean, *gradients), mean(*losses), pairs
-
-    def init() -> MetaState:
-        theta, _ = ravel_pytree(lopt.init_theta(theta_key) if first_theta is None else first_theta)
-        return MetaState(theta, adam.init(theta), init_pairs(theta), jnp.zeros((), jnp.int32))
-
-    def meta_step(state: MetaState, split: tasks.Split) -> tuple[MetaState, Metrics]:
-        gradient, loss, pairs = estimate(state.theta, state.pairs, split, state.meta_step)
-        gradient, nonfinite = zero_nonfinite(gradient)
-        updates, new_adam = adam.update(gradient, state.adam, state.theta)
-        updates = lopt.clip_by_global_norm(updates, 1.0)
-        usable = nonfinite < gradient.size  # a wholly non-finite gradient changes nothing
-        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(usable, n, o), new, old)
-        theta = keep(state.theta + updates, state.theta)
-        metrics = Metrics(loss, lopt.global_norm(gradient), lopt.global_norm(updates), schedule(state.adam.step),
-                          nonfinite)
-        return MetaState(theta, keep(new_adam, state.adam), pairs, state.meta_step + 1), metrics
-
-    copies = NamedSharding(mesh, everywhere)
-    shardings = MetaState(copies, copies, NamedSharding(mesh, by_pair), copies)
-    return (jax.jit(init, out_shardings=shardings),
-            jax.jit(meta_step, in_shardings=(shardings, copies), out_shardings=(shardings, copies), donate_argnums=0))
+                              end)
 
 
 def zero_nonfinite(x: Array) -> tuple[Array, Array]:
@@ -299,113 +307,169 @@ def zero_nonfinite(x: Array) -> tuple[Array, Array]:
     return jnp.where(finite, x, 0.0), jnp.sum(~finite)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# OUT: checkpoints and metrics
+def meta_train(settings: Settings, inner_tasks: Sequence[tasks.Task], split: tasks.Split,
+               mesh: Mesh, learned: lopt.Learned, folder: "Folder") -> tuple[lopt.Learned, int]:
+    """Meta-trains from where the folder's run stands, to its end or until a signal stops it.
+
+    Returns (the learned optimizer then, the signal or 0).
+    """
+    init, meta_step = make_meta_step(settings, inner_tasks, mesh, learned)
+    with Run(settings, learned, folder).under_way() as training:
+        state = training.restore_or(init())
+        while training.goes_on():
+            state, metrics = meta_step(state, split)
+            training.record(state, metrics)
+    return with_theta(learned, jax.device_get(state.theta)), training.stopped
+
+
+# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ waterline: the paper above, the machine below ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+
+# --------------------------------------------------------------------------------------------------
+# The folder OUT: checkpoints and metrics
 
 COLUMNS = ("meta_step", *Metrics._fields, "seconds")
+OURS = ("checkpoint-*-of-*.npz", "metrics.csv", "theta.npz", "meta-loss.png")  # all that we write
 
 
-def local_array(x: Array) -> np.ndarray:
-    """The part of an array that is on this process's devices: all of it, or its pairs."""
-    shards = {shard.index[0].start or 0 if x.ndim else 0: shard.data for shard in x.addressable_shards}
-    return np.concatenate([np.atleast_1d(shards[i]) for i in sorted(shards)]).reshape(-1, *x.shape[1:]) \
-        if x.ndim else np.asarray(shards[0])
+class Checkpoint(NamedTuple):
+    """A state on disk. arrays: those of the state that are this process's, by name. about (JSON):
+    `made` of the learned optimizer, and the shapes of θ's arrays as "theta"."""
+    step: int
+    arrays: dict[str, np.ndarray]
+    about: dict[str, Any]
 
 
-class Out:
-    """The folder of one run, held by a lock while this process uses it.
+class Folder:
+    """The folder OUT of one run, held by a lock while this process uses it.
 
-    Raises ValueError when another process uses it, when it cannot be written, and when it is not empty, unless
-    resuming from a checkpoint in it.
+    flags: how the run is carried out. checkpoint: where it goes on, None where it begins. Raises
+    ValueError when another process uses the folder, when it cannot be written, when it holds a run
+    that is not to be resumed, and when it holds none that could be.
     """
 
-    def __init__(self, folder: str | os.PathLike, resume: bool):
-        self.folder = pathlib.Path(folder)
-        self.process, self.processes = jax.process_index(), jax.process_count()
-        self.metrics_path = self.folder / "metrics.csv"
+    def __init__(self, path: str | os.PathLike, flags: "RunFlags"):
+        self.path, self.flags = pathlib.Path(path), flags
+        resume = flags.resume or flags.resume_or_begin
+        # Only several processes ask JAX: it starts its devices, whose number may not be known yet.
+        self.process, self.processes = 0, 1
+        if flags.distributed:
+            self.process, self.processes = jax.process_index(), jax.process_count()
+        self.metrics_path = self.path / "metrics.csv"
         try:
-            names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
-            begun = any(name.startswith("checkpoint-") for name in names)
-            others = [name for name in names if not name.startswith(".lock-") and not name.endswith(".part")]
-            if others and not (resume and begun):
-                raise ValueError(f"--out {self.folder}: is not empty" + (
-                    "; add --resume to go on there, or" if begun else " and holds no checkpoint;") +
-                    " choose another folder")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / f".lock-{self.process}", "w")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            names = os.listdir(self.path) if os.path.isdir(self.path) else []
+            ours = [name for name in names for pattern in OURS if fnmatch.fnmatch(name, pattern)]
+            begun = any(name.startswith("checkpoint-") for name in ours)
+            if ours and not begun:
+                raise ValueError(f"--out {self.path}: is not empty (there is {ours[0]}) and holds "
+                                 "no checkpoint; choose another folder")
+            if begun and not resume:
+                raise ValueError(f"--out {self.path}: is not empty; add --resume to go on there, "
+                                 "or choose another folder")
+            if flags.resume and not begun:
+                raise ValueError(f"--out {self.path}: there is no checkpoint to resume from; to "
+                                 "begin a run there, leave --resume out or use --resume-or-begin")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / f".lock-{self.process}", "w")
+            take_lock(self.lock)
         except BlockingIOError:
-            raise ValueError(f"--out {self.folder}: another process is using it") from None
+            raise ValueError(f"--out {self.path}: another process is using it") from None
         except FileExistsError:
-            raise ValueError(f"--out {self.folder}: is a file, not a folder") from None
+            raise ValueError(f"--out {self.path}: is a file, not a folder") from None
         except OSError as error:
-            raise ValueError(f"--out {self.folder}: cannot be written ({error.strerror})") from None
-        for part in self.folder.glob(f".*-{self.process}-of-*.part"):  # of a process that was killed while writing
+            raise ValueError(f"--out {self.path}: cannot be written ({error.strerror})") from None
+        for part in self.path.glob(f".*-{self.process}-of-*.part"):  # of a process that was killed
             part.unlink(missing_ok=True)
         if self.processes > 1:  # none writes before all have seen what is there
             multihost_utils.sync_global_devices("out")
+        self.checkpoint = self.newest() if resume else None
 
-    def _path(self, step: int) -> pathlib.Path:
-        return self.folder / f"checkpoint-{step:08d}-{self.process}-of-{self.processes}.npz"
+    def checkpoint_path(self, step: int) -> pathlib.Path:
+        """The file of this process's checkpoint at a meta-step."""
+        return self.path / f"checkpoint-{step:08d}-{self.process}-of-{self.processes}.npz"
 
     def steps(self) -> list[int]:
         """The meta-steps at which this process has left checkpoints, the newest first."""
-        if others := [p.name for p in self.folder.glob(f"checkpoint-*-{self.process}-of-*.npz")
-                      if not p.name.endswith(f"-of-{self.processes}.npz")]:
-            raise ValueError(f"--out {self.folder}: {others[0]} was written by another number of processes than the "
-                             f"present {self.processes}; start as many as then")
-        paths = self.folder.glob(f"checkpoint-*-{self.process}-of-{self.processes}.npz")
-        return sorted((int(step) for path in paths if (step := path.name.split("-")[1]).isdigit()), reverse=True)
+        names = [path.name for path in self.path.glob(f"checkpoint-*-{self.process}-of-*.npz")]
+        if others := [name for name in names if not name.endswith(f"-of-{self.processes}.npz")]:
+            raise ValueError(f"--out {self.path}: {others[0]} was written by another number of "
+                             f"processes than the present {self.processes}; start as many as then")
+        steps = [name.split("-")[1] for name in names]
+        return sorted((int(step) for step in steps if step.isdecimal()), reverse=True)
 
-    def save(self, state: MetaState, record: dict[str, Any]) -> int:
-        """Writes a checkpoint of the state and the record (JSON), keeps the last two; returns its size in bytes."""
+    def save(self, state: MetaState, about: dict[str, Any]) -> int:
+        """Writes a checkpoint and keeps the last two; returns its size in bytes."""
         step = int(state.meta_step)
         arrays = {jax.tree_util.keystr(path): local_array(x)
                   for path, x in jax.tree_util.tree_flatten_with_path(state)[0]}
-        lopt.write_npz(self._path(step), {**arrays, "record": np.frombuffer(json.dumps(record).encode(), np.uint8)})
+        arrays["record"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+        lopt.write_npz(self.checkpoint_path(step), arrays)
         steps = self.steps()
         for other in steps:  # one that is newer than this was damaged, or another process lacks it
             if other not in steps[steps.index(step):][:2]:
-                self._path(other).unlink(missing_ok=True)
-        return self._path(step).stat().st_size
+                self.checkpoint_path(other).unlink(missing_ok=True)
+        return self.checkpoint_path(step).stat().st_size
 
-    def load(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """(arrays by name, record) of the checkpoint at a meta-step. Raises ValueError if it is damaged."""
-        arrays = lopt.read_npz(self._path(step), 1 << 40, checksum=True)
+    def load(self, step: int) -> Checkpoint:
+        """The checkpoint at a meta-step. Raises ValueError if it is damaged."""
+        arrays = lopt.read_npz(self.checkpoint_path(step), 1 << 40, checksum=True)
         try:
-            record = json.loads(arrays.pop("record").tobytes())
-            Settings(**record["settings"])
+            about = json.loads(arrays.pop("record").tobytes())
+            Settings(**about["settings"]), about["data"], about["theta"]
         except (KeyError, ValueError, TypeError):
-            raise ValueError(f"{self._path(step)}: was written by another version of this program") from None
-        return arrays, record
+            raise ValueError(f"{self.checkpoint_path(step)}: was written by another version of "
+                             "this program") from None
+        return Checkpoint(step, arrays, about)
 
-    def newest(self) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
-        """(step, arrays, record) of the newest checkpoint that every process has undamaged; None before the first."""
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that every process has undamaged; None before the first."""
         usable = {}
         for step in self.steps():
             try:
                 usable[step] = self.load(step)
             except ValueError as error:
-                print(f"warning: {error}; falling back to the checkpoint before it", file=sys.stderr)
+                print(f"warning: {error}; falling back to the checkpoint before it",
+                      file=sys.stderr)
         common = agreed_steps(usable) if self.processes > 1 else sorted(usable)
         if not common and self.steps():
-            raise ValueError(f"--out {self.folder}: no checkpoint there is whole; start anew in another folder")
-        return (common[-1], *usable[common[-1]]) if common else None
+            raise ValueError(f"--out {self.path}: no checkpoint there is whole; start anew in "
+                             "another folder")
+        return usable[common[-1]] if common else None
 
     def open_metrics(self, step: int) -> io.TextIOBase:
-        """metrics.csv, cut back to the rows of the first `step` meta-steps and opened for the rows after them."""
+        """metrics.csv, cut back to the rows of the first `step` meta-steps and opened for more."""
         rows = []
         if step:
             try:
-                rows = [row for row in csv.reader(self.metrics_path.read_text().splitlines()[1:])][:step]
+                rows = list(csv.reader(self.metrics_path.read_text().splitlines()[1:]))[:step]
             except (OSError, UnicodeDecodeError, csv.Error) as error:
                 raise ValueError(f"{self.metrics_path}: cannot be read ({error})") from None
-            if [row[0] for row in rows if len(row) == len(COLUMNS)] != [str(i + 1) for i in range(step)]:
-                raise ValueError(f"{self.metrics_path}: has not one row for each of the {step} meta-steps made so far; "
-                                 "start anew in another folder")
+            numbers = [row[0] for row in rows if len(row) == len(COLUMNS)]
+            if numbers != [str(i + 1) for i in range(step)]:
+                raise ValueError(f"{self.metrics_path}: has not one row for each of the {step} "
+                                 "meta-steps made so far; start anew in another folder")
         text = "".join(",".join(row) + "\n" for row in [COLUMNS, *rows])
         lopt.write_atomically(self.metrics_path, text.encode())
         return open(self.metrics_path, "a", buffering=1)
+
+
+def take_lock(file: Any) -> None:
+    """Keeps a file for this process while it is open. BlockingIOError where another one has it."""
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except (ImportError, OSError) as error:  # not on Windows, and not on every file system
+        print(f"warning: {file.name}: cannot be locked ({error}); let no other process use this "
+              "folder", file=sys.stderr)
+
+
+def local_array(x: Array) -> np.ndarray:
+    """The part of an array that is on this process's devices: all of it, or its pairs."""
+    if not x.ndim:
+        return np.asarray(x.addressable_shards[0].data)
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[i]) for i in sorted(shards)])
 
 
 def agreed_steps(usable: Sequence[int]) -> list[int]:
@@ -417,61 +481,240 @@ def agreed_steps(usable: Sequence[int]) -> list[int]:
 
 
 def restore(arrays: dict[str, np.ndarray], like: MetaState) -> MetaState:
-    """The arrays of a checkpoint, by name, as a state with the structure and the shardings of `like`."""
+    """The arrays of a checkpoint, by name, as a state with the structure and sharding of `like`."""
     paths, treedef = jax.tree_util.tree_flatten_with_path(like)
     leaves = []
     for path, x in paths:
-        value = arrays.get(jax.tree_util.keystr(path))
+        name = jax.tree_util.keystr(path)
+        value = arrays.get(name)
         if value is None or value.dtype != x.dtype or value.shape[1:] != x.shape[1:]:
-            raise ValueError(f"the checkpoint does not fit this version of the code: {jax.tree_util.keystr(path)}")
+            raise ValueError(f"the checkpoint does not fit this version of the code: {name}")
         leaves.append(jax.make_array_from_process_local_data(x.sharding, value, x.shape))
     return treedef.unflatten(leaves)
 
 
+def resumed_learned(settings: Settings, checkpoint: Checkpoint) -> lopt.Learned:
+    """The learned optimizer of a run that goes on; its θ has the shapes, not yet the numbers."""
+    learned, about = without_theta(settings), checkpoint.about
+    theta = {name: jnp.zeros(shape) for name, shape in about["theta"].items()}
+    origin = {"origin": about["origin"]} if "origin" in about else {}
+    return learned._replace(theta=theta, made=learned.made | origin)
+
+
 def settings_on_resume(given: dict[str, Any], saved: dict[str, Any]) -> Settings:
-    """The settings of a checkpoint, with those given now that may change. Raises ValueError for others that differ."""
-    before = Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+    """The settings of a checkpoint, with those given now that may change: meta_steps and data_dir.
+
+    Raises ValueError for others that differ, and for fewer meta-steps.
+    """
+    before = Settings(**{name: tuple(x) if isinstance(x, list) else x
+                         for name, x in saved.items()})
     differ = {name: value for name, value in given.items() if value != getattr(before, name)}
-    if wrong := [f"--{name.replace('_', '-')} is {value} but was {getattr(before, name)}"
-                 for name, value in differ.items() if name not in MAY_CHANGE]:
+    if wrong := [f"{tasks.flag(name)} is {value} but was {getattr(before, name)}"
+                 for name, value in differ.items() if name not in ("meta_steps", "data_dir")]:
         raise ValueError(f"cannot resume with other settings: {'; '.join(wrong)}")
     if differ.get("meta_steps", before.meta_steps) < before.meta_steps:
-        raise ValueError(f"--meta-steps {differ['meta_steps']}: can only grow on resuming, from {before.meta_steps}")
+        raise ValueError(f"--meta-steps {differ['meta_steps']}: can only grow on resuming, from "
+                         f"{before.meta_steps}")
     return dataclasses.replace(before, **differ)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The run
+# --------------------------------------------------------------------------------------------------
+# The run: what happens around each meta-step
+
+STOP_SIGNALS = [getattr(signal, name) for name in
+                ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+                if hasattr(signal, name)]  # Windows has the first two
 
 
-def set_up_devices(pairs: int, devices: int | None) -> None:
-    """Gives a CPU one XLA device for each core that divides the pairs; must come before JAX is first used.
+class Run:
+    """The machine around the loop of `meta_train`: metrics, checkpoints, progress, signals.
 
-    Each core then unrolls its own pairs and waits for the others once per meta-step: nearly twice as fast on two
-    cores as one device whose every operation is split over both.
+    learned: what it begins with. stopped: the signal that has stopped it, or 0.
     """
-    if devices_are_forced():
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", min(devices, 256) if devices else largest_divisor(pairs, cores))
+
+    def __init__(self, settings: Settings, learned: lopt.Learned, folder: Folder):
+        self.settings, self.learned, self.folder = settings, learned, folder
+        self.about = learned.made | {"theta": {name: x.shape for name, x in learned.theta.items()}}
+        self.every, self.unit = parse_every(folder.flags.checkpoint_every)
+        self.signals: list[int] = []
+        self.stopped = 0
+        self.pending: list[tuple[int, Metrics]] = []  # meta-steps whose rows are to be written
+        self.metrics_file: io.TextIOBase = io.StringIO()  # of no use but in process 0
+        self.progress: Progress | None = None
+        self.finished_at: float | None = None  # when the last meta-step was, by time.monotonic()
+
+    @contextlib.contextmanager
+    def under_way(self) -> Iterator["Run"]:
+        """Around the loop: a signal stops it after a meta-step, not in one, and its end is saved.
+
+        A signal that is ignored stays so, as SIGHUP under nohup; but Ctrl-C always stops.
+        """
+        before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS
+                  if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN}
+        try:
+            yield self
+            self._save()
+        except OSError as error:
+            raise ValueError(f"{self.folder.metrics_path}: cannot be written ({error.strerror}); "
+                             "the last checkpoint is whole, free some space and go on with "
+                             "--resume") from None
+        except jax.errors.JaxRuntimeError as error:
+            if self.folder.processes == 1:
+                raise
+            give_up(tasks.first_line(error))
+        finally:
+            self.finished_at = None
+            with contextlib.suppress(OSError):  # it may still hold what could not be written
+                self.metrics_file.close()
+            if self.progress:
+                self.progress.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.signals:  # the second time at once
+            raise KeyboardInterrupt
+        self.signals.append(number)
+
+    def restore_or(self, state: MetaState) -> MetaState:
+        """The state to begin with, or that of the checkpoint; saved, to see that there is room."""
+        if self.folder.checkpoint is not None:
+            state = restore(self.folder.checkpoint.arrays, state)
+        self.state, self.step = state, int(state.meta_step)
+        need = 3 * self.folder.save(state, self.about)
+        if (free := shutil.disk_usage(self.folder.path).free) < need:
+            raise ValueError(f"--out {self.folder.path}: {free:,} bytes are free there, but "
+                             f"checkpoints need {need:,}")
+        if self.folder.process == 0:
+            self.metrics_file = self.folder.open_metrics(self.step)
+        if self.folder.processes > 1:
+            threading.Thread(target=self._watch, daemon=True).start()
+        self.progress = Progress(self.settings.meta_steps, self.step, self.folder.process == 0)
+        self.saved_step, self.saved_at = self.step, time.monotonic()
+        self.row_at = self.saved_at
+        return state
+
+    def goes_on(self) -> bool:
+        """Whether another meta-step is to be made. All processes stop after the same one."""
+        if self.step == self.settings.meta_steps:
+            return False
+        self.stopped = self.signals[0] if self.signals else 0
+        if self.folder.processes > 1:  # the signal that any of them has received
+            everyone = multihost_utils.process_allgather(np.int32(self.stopped))
+            self.stopped = int(np.max(everyone))
+        return not self.stopped
+
+    def record(self, state: MetaState, metrics: Metrics) -> None:
+        """Takes what a meta-step has made: writes its metrics and, if it is due, a checkpoint."""
+        self.state, self.step = state, self.step + 1
+        self.pending.append((self.step, metrics))
+        if len(self.pending) > 2:  # two in flight keep the devices busy while rows are written
+            self._write_row()
+        minutes = (time.monotonic() - self.saved_at) / 60
+        elapsed = minutes if self.unit == "minutes" else self.step - self.saved_step
+        if elapsed >= self.every and self.step < self.settings.meta_steps:
+            self._save()
+
+    def _write_row(self) -> None:
+        step, metrics = self.pending.pop(0)
+        *values, nonfinite = jax.device_get(metrics)
+        self.finished_at = time.monotonic()
+        seconds, self.row_at = self.finished_at - self.row_at, self.finished_at
+        row = [step, *(f"{x:.9g}" for x in values), nonfinite, f"{seconds:.4f}"]
+        self.metrics_file.write(",".join(map(str, row)) + "\n")
+        self.progress.finished(step, float(values[0]))
+
+    def _save(self) -> None:
+        while self.pending:
+            self._write_row()
+        if self.folder.process == 0:  # first what must be there when the checkpoint is
+            self.metrics_file.flush()
+            try:
+                os.fsync(self.metrics_file.fileno())
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise  # but not that the file system knows no fsync
+            learned = with_theta(self.learned, jax.device_get(self.state.theta))
+            made = learned.made | {"meta_steps_made": self.step}
+            lopt.save(self.folder.path / "theta.npz", learned._replace(made=made))
+        self.folder.save(self.state, self.about)
+        self.saved_step, self.saved_at = self.step, time.monotonic()
+
+    def _watch(self) -> None:
+        """Ends this process, in a thread, when no meta-step has been finished for long.
+
+        Another process has then died: a collective operation would wait for it without end. There
+        is nothing to watch before the first meta-step, which includes compilation.
+        """
+        while True:
+            time.sleep(1)
+            at, seconds = self.finished_at, self.folder.flags.stall_seconds
+            if at is not None and time.monotonic() - at > seconds:
+                give_up(f"no meta-step for {seconds:g} seconds")
 
 
-def devices_are_forced() -> bool:
-    """Whether the environment says into how many XLA devices a CPU is divided."""
-    return "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+def give_up(why: str) -> None:
+    """Ends one of several processes at once: an orderly end would wait for those that are dead."""
+    print(f"\nmeta_train.py: error: another process has died or hangs ({why}); start all of them "
+          "again with --resume", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
-def largest_divisor(pairs: int, limit: int) -> int:
-    """The largest number up to the limit that divides the pairs."""
-    return max(d for d in range(1, limit + 1) if pairs % d == 0)
+class Progress:
+    """How far a run is, on stderr: a bar on a terminal, elsewhere a line now and then.
+
+    TQDM_DISABLE in the environment turns both off; a stderr that nobody reads any more is no error.
+    """
+    seconds = 60.0  # from one line to the next
+
+    def __init__(self, meta_steps: int, step: int, shown: bool):
+        shown = shown and os.environ.get("TQDM_DISABLE", "") in ("", "0")
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+        self.bar = tqdm.tqdm(total=meta_steps, initial=step, disable=not (shown and terminal),
+                             unit="meta-step", smoothing=0.05, desc="compiling",
+                             dynamic_ncols=True)
+        self.meta_steps, self.lines = meta_steps, shown and not terminal
+        self.first: tuple[int, float] | None = None  # the first meta-step to be finished, and when
+        self.line_at = -float("inf")
+
+    def finished(self, step: int, meta_loss: float) -> None:
+        """Shows that a meta-step is finished."""
+        now = time.monotonic()
+        first, began = self.first = self.first or (step, now)
+        with contextlib.suppress(OSError):
+            self.bar.set_description("meta-training", refresh=False)
+            self.bar.set_postfix(meta_loss=f"{meta_loss:.4f}", refresh=False)
+            self.bar.update()
+            if self.lines and now - self.line_at >= self.seconds:
+                self.line_at = now
+                minutes = (now - began) / 60 / max(step - first, 1) * (self.meta_steps - step)
+                left = f", {minutes:.1f} minutes left" if step > first else ""
+                print(f"meta-step {step} of {self.meta_steps}, meta-loss {meta_loss:.4f}{left}",
+                      file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        with contextlib.suppress(OSError):
+            self.bar.close()
+
+
+def replicate(tree: Tree, mesh: Mesh) -> Tree:
+    """A tree of arrays that every process holds, copied to each device of the mesh."""
+    copies = NamedSharding(mesh, PartitionSpec())
+
+    def copied(x: Array) -> Array:
+        return jax.make_array_from_process_local_data(copies, np.asarray(x), x.shape)
+
+    return jax.tree.map(copied, tree)
 
 
 def make_mesh(pairs: int, devices: int | None) -> Mesh:
-    """All devices of all processes (or the first few) on one axis. ValueError if they do not divide the pairs."""
+    """All devices of all processes, or the first few, on one axis; they must divide the pairs."""
     everything = jax.devices()
     count = len(everything) if devices is None else devices
-    if devices is None and not devices_are_forced() and everything[0].platform == "cpu" and jax.process_count() == 1:
-        count = largest_divisor(pairs, count)  # a CPU has as many devices as we like
+    on_cpu = everything[0].platform == "cpu" and jax.process_count() == 1
+    if devices is None and on_cpu and not tasks.devices_are_forced():
+        count = tasks.largest_divisor(pairs, count)  # a CPU has as many devices as we like
     if count > len(everything):
         raise ValueError(f"--devices {count}: there are only {len(everything)}")
     if pairs % count:
@@ -481,131 +724,8 @@ def make_mesh(pairs: int, devices: int | None) -> Mesh:
     return Mesh(np.array(everything[:count]), ("pairs",))
 
 
-def replicate(tree: Tree, mesh: Mesh) -> Tree:
-    """A tree of arrays that every process holds, copied to each device of the mesh."""
-    copies = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(copies, np.asarray(x), x.shape), tree)
-
-
-def give_up(why: str) -> None:
-    """Ends one of several processes at once: an orderly end would wait for the others, which cannot answer."""
-    print(f"\nmeta_train.py: error: another process has died or hangs ({why}); start all of them again with --resume",
-          file=sys.stderr, flush=True)
-    os._exit(2)
-
-
-def watch_for_stall(last_step: Callable[[], float | None], seconds: float) -> None:
-    """Ends this process, in a thread, once no meta-step has been finished for that long: another process is gone.
-
-    A collective operation would wait for a dead process without end. last_step: when the last meta-step was
-    finished (time.monotonic()), or None before the first, which includes compilation.
-    """
-    def watch() -> None:
-        while True:
-            time.sleep(1)
-            if (at := last_step()) is not None and time.monotonic() - at > seconds:
-                give_up(f"no meta-step for {seconds:g} seconds")
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Collects SIGINT and SIGTERM in the list that it yields, so that a meta-step is never cut in two."""
-    received: list[int] = []
-
-    def on_signal(number, frame):
-        if received:  # the second time at once
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def train(settings: Settings, inner_tasks: Sequence[tasks.Task], dataset: tasks.Dataset, mesh: Mesh, out: Out,
-          first_theta: Tree | None, start: dict[str, np.ndarray] | None, record: dict[str, Any],
-          checkpoint_every: tuple[float, str], stall_seconds: float) -> tuple[dict[str, Array], int]:
-    """Meta-trains from a θ (None for a random one), or from the arrays of a checkpoint.
-
-    record: what the checkpoints say of the run. Returns (θ, the signal that stopped it or 0).
-    """
-    init, meta_step = make_functions(settings, inner_tasks, mesh, first_theta)
-    split = replicate(dataset.train, mesh)
-    state = init()
-    if start is not None:
-        state = restore(start, state)
-    step = int(state.meta_step)
-    writes = out.process == 0
-    need = 3 * out.save(state, record)
-    if (free := shutil.disk_usage(out.folder).free) < need:
-        raise ValueError(f"--out {out.folder}: {free:,} bytes are free there, but checkpoints need {need:,}")
-    metrics_file = out.open_metrics(step) if writes else io.StringIO()
-    every, unit = checkpoint_every
-    saved_step, saved_time, finished, stop = step, time.monotonic(), time.monotonic(), 0
-    pending: list[tuple[int, Metrics]] = []
-    last_step: list[float | None] = [None]
-    if out.processes > 1:
-        watch_for_stall(lambda: last_step[0], stall_seconds)
-    with stop_signals() as stopped, metrics_file, tqdm.tqdm(
-            total=settings.meta_steps, initial=step, unit="meta-step", disable=not writes, smoothing=0.05,
-            desc="compiling", dynamic_ncols=True) as bar:
-
-        def write_row() -> None:
-            nonlocal finished
-            number, metrics = pending.pop(0)
-            values = [float(x) for x in jax.device_get(metrics)]
-            seconds, finished = time.monotonic() - finished, time.monotonic()
-            last_step[0] = finished
-            row = [number, *(f"{x:.9g}" for x in values[:-1]), int(values[-1]), f"{seconds:.4f}"]
-            metrics_file.write(",".join(map(str, row)) + "\n")
-            bar.set_description("meta-training", refresh=False)
-            bar.set_postfix(meta_loss=f"{values[0]:.4f}", refresh=False)
-            bar.update()
-
-        def save() -> None:
-            while pending:
-                write_row()
-            if writes:  # the rows first: a checkpoint's metrics must be there when it is
-                metrics_file.flush()
-                os.fsync(metrics_file.fileno())
-            out.save(state, record)
-
-        try:
-            while step < settings.meta_steps and not (stop := signal_anywhere(stopped, out.processes)):
-                state, metrics = meta_step(state, split)
-                step += 1
-                pending.append((step, metrics))
-                if len(pending) > 2:  # two meta-steps in flight keep the devices busy while rows are written
-                    write_row()
-                elapsed = step - saved_step if unit == "steps" else (time.monotonic() - saved_time) / 60
-                if elapsed >= every and step < settings.meta_steps:
-                    save()
-                    saved_step, saved_time = step, time.monotonic()
-            save()
-        except jax.errors.JaxRuntimeError as error:
-            if out.processes == 1:
-                raise
-            give_up(first_line(error))
-        finally:
-            last_step[0] = None
-    return lopt.theta_from_vector(state.theta), stop
-
-
-def signal_anywhere(received: Sequence[int], processes: int) -> int:
-    """The signal to stop that any process has received, or 0: all must stop after the same meta-step."""
-    mine = received[0] if received else 0
-    if processes == 1:
-        return mine
-    return int(np.max(multihost_utils.process_allgather(np.int32(mine))))
-
-
 def fingerprint(dataset: tasks.Dataset) -> str:
-    """A checksum of the shapes and of up to 64 MB of a training split, by which a resumed run knows its data."""
+    """A checksum of a training split's shape and first 64 MB: a run knows its data again by it."""
     inputs, labels = dataset.train
     head = np.asarray(inputs[:max(1, (1 << 26) // max(1, inputs[0].size))])
     digest = hashlib.sha256(f"{inputs.shape} {inputs.dtype}".encode())
@@ -614,127 +734,158 @@ def fingerprint(dataset: tasks.Dataset) -> str:
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# How good θ is
+# --------------------------------------------------------------------------------------------------
+# How good θ is: the paper's comparison, small
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # of AdamW
+Losses = dict[int, tuple[float, dict[float, float]]]  # {width: (θ's, {learning rate: AdamW's})}
 
 
-def report(settings: Settings, dataset: tasks.Dataset, theta: dict[str, Array], metadata: dict[str, Any],
-           steps: int) -> str:
-    """One table: the training loss after `steps` steps at the meta-training width and 16 times wider.
+def compare_with_adamw(settings: Settings, dataset: tasks.Dataset, learned: lopt.Learned,
+                       steps: int) -> Losses:
+    """The training losses of θ and of AdamW (SP), at the first width of meta-training and 16 times.
 
-    Beside AdamW (SP) at its customary learning rate of 1e-3 and at the best of a grid, on the same batches from
-    the same key. The loss is the mean over the last twentieth of the steps.
+    All train on the same batches from the same key. A loss is the mean over the last twentieth of
+    the steps, and infinite where it is not finite.
     """
-    theta = jax.device_get(theta)
-    rates = np.array([3e-4, 1e-3, 3e-3, 1e-2], np.float32)
+    def losses_at(width: int) -> tuple[float, dict[float, float]]:
+        task, plain = (tasks.task_of(settings, dataset, width, settings.depth, parametrization)
+                       for parametrization in (learned.parametrization, mup.SP))
+
+        def with_learned(split):
+            optimizer = functools.partial(tasks.optimizer_for, task, learned)
+            return tasks.train(task, optimizer, split, key, steps)[1]
+
+        def with_adamw(rate, split):
+            return tasks.train(plain, lambda num_steps: lopt.adamw(rate), split, key, steps)[1]
+
+        mine = jax.jit(with_learned)(dataset.train)
+        adamw = jax.jit(jax.vmap(with_adamw, (0, None)))(jnp.asarray(RATES), dataset.train)
+        loss, *others = (float(x) if np.isfinite(x) else np.inf
+                         for x in (tasks.final_loss(np.asarray(y)) for y in (mine, *adamw)))
+        return loss, dict(zip(RATES, others))
+
     key = jax.random.key(settings.seed + 1)
-    lines = [f"training loss after {steps} steps of batch size {settings.batch_size} on {dataset.name}:",
-             f"{'width':>8}{'θ':>10}{'AdamW 1e-3':>14}{'AdamW tuned':>14}"]
-    for width in (settings.widths[0], 16 * settings.widths[0]):
-        task = make_task(settings, dataset, width, settings.depth, parametrization(settings))
-        learned = lopt.learned_optimizer(theta, step_mult=metadata["step_mult"], exp_mult=metadata["exp_mult"],
-                                         update_multipliers=task.update_multipliers,
-                                         gradient_multiplier=task.gradient_multiplier)
-        mine = jax.jit(lambda split: tasks.train(task, learned, split, key, steps)[1])(dataset.train)
-        plain = make_task(settings, dataset, width, settings.depth, mup.SP)
-        adam = jax.jit(jax.vmap(lambda rate, split: tasks.train(plain, lopt.adamw(rate), split, key, steps)[1],
-                                (0, None)))(rates, dataset.train)
-        tuned = [tasks.final_loss(losses) for losses in np.asarray(adam)]
-        lines.append(f"{width:>8}{tasks.final_loss(np.asarray(mine)):>10.4f}{tuned[1]:>14.4f}{min(tuned):>14.4f}")
-    return "\n".join(lines)
+    return {width: losses_at(width) for width in (settings.widths[0], 16 * settings.widths[0])}
 
 
-# ---------------------------------------------------------------------------------------------------------
+def report(losses: Losses, settings: Settings, steps: int) -> str:
+    """What `compare_with_adamw` has found, in a table and in words, whichever way it went.
+
+    Beside θ, which has nothing to tune, stands AdamW with a learning rate tuned at the first width
+    and transferred, with one tuned at each width, as a sweep there finds it, and with the usual
+    1e-3.
+    """
+    def compared(width: int, rate: float) -> str:
+        mine, other = losses[width][0], losses[width][1][rate]
+        if np.isinf([mine, other]).any():
+            return f"θ {'diverges' if np.isinf(mine) else 'does not diverge'}, unlike"
+        return f"θ ends {abs(mine - other):.3f} {'below' if mine < other else 'above'}"
+
+    narrow, wide = losses
+    tuned = {width: min(RATES, key=adamw.get) for width, (_, adamw) in losses.items()}
+    table = [("width", "θ, not tuned", f"AdamW tuned at {narrow}", "tuned at each width",
+              "at 1e-3")]
+    for width, (mine, adamw) in losses.items():
+        table.append((f"{width}", f"{mine:.4f}",
+                      *(f"{adamw[rate]:.4f} ({rate:g})" for rate in (tuned[narrow], tuned[width])),
+                      f"{adamw[1e-3]:.4f}"))
+    lines = [f"training loss after {steps} steps of batch size {settings.batch_size} on "
+             f"{settings.dataset}; AdamW's learning rate is tuned among "
+             f"{', '.join(f'{rate:g}' for rate in RATES)}"]
+    lines += ["".join(f"{cell:>{n}}" for cell, n in zip(row, (8, 15, 22, 22, 10))) for row in table]
+    if wide > max(settings.widths):
+        lines.append(f"θ has never seen a network wider than {max(settings.widths)}.")
+    return "\n".join([
+        *lines,
+        f"At width {wide} {compared(wide, tuned[narrow])} AdamW as it was tuned at {narrow},",
+        f"and {compared(wide, tuned[wide])} AdamW as a sweep at {wide} itself would tune it.",
+        f"At width {narrow} {compared(narrow, tuned[narrow])} tuned AdamW."])
+
+
+def next_command(settings: Settings, path: pathlib.Path) -> str:
+    """The command that evaluates a θ on more widths of the task of its meta-training."""
+    words = ["python", "evaluate.py", "--theta", str(path), "--baselines", "adamw", "--sweep",
+             "width", "--widths", *(str(factor * settings.widths[0]) for factor in (1, 4, 16))]
+    for field in dataclasses.fields(tasks.TaskSettings):
+        value = getattr(settings, field.name)
+        if value != field.default and field.name not in ("widths", "seed"):
+            words += [tasks.flag(field.name)] + [str(value)] * (value is not True)
+    return shlex.join(words)
+
+
+def draw_meta_loss(folder: Folder) -> None:
+    """Draws metrics.csv as meta-loss.png, where matplotlib is there; where it fails, nothing."""
+    try:
+        from matplotlib.figure import Figure
+        losses = np.loadtxt(folder.metrics_path, delimiter=",", skiprows=1, usecols=1, ndmin=1)
+        window, figure, image = max(1, len(losses) // 40), Figure((6, 4)), io.BytesIO()
+        means = np.convolve(losses, np.full(window, 1 / window), "valid")
+        axes = figure.subplots()
+        axes.plot(np.arange(len(losses)) + 1, losses, alpha=0.3, label="each meta-step")
+        axes.plot(np.arange(len(means)) + window, means, label=f"mean of {window}")
+        axes.set(xlabel="meta-step", ylabel="meta-loss")
+        axes.legend()
+        figure.savefig(image, format="png", dpi=120)
+        lopt.write_atomically(folder.path / "meta-loss.png", image.getvalue())
+    except Exception:  # an old or broken matplotlib raises anything; a picture is worth no error
+        pass
+
+
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 
-class CommandLine(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line: they raise ValueError."""
-
-    def error(self, message: str):
-        raise ValueError(message)
+of_run = functools.partial(setting, group="the run")
+of_hosts = functools.partial(setting, group="many hosts")
 
 
-def add_task_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which inner networks are trained, on what data: shared by both command lines."""
-    flags = parser.add_argument_group("inner task")
-    flags.add_argument("--task", choices=tasks.TASKS, help="the inner networks (default: mlp)")
-    flags.add_argument("--dataset", choices=tasks.DATASETS, help="default: synthetic, which needs no files")
-    flags.add_argument("--data-dir", metavar="DIR", help="where the data set's files are (default: data)")
-    flags.add_argument("--download", action="store_true", default=None,
-                       help="fetch cifar10 or fashion_mnist into --data-dir first")
-    flags.add_argument("--image-size", type=int, metavar="S", help="shrink the images to S×S by averaging blocks")
-    flags.add_argument("--vocab-size", type=int, metavar="V", help="token ids of data set tokens")
-    flags.add_argument("--sequence-length", type=int, metavar="L", help="tokens of a sequence (default: 64)")
-    flags.add_argument("--widths", type=int, nargs="+", metavar="W", help="widths of the inner networks")
-    flags.add_argument("--depth", type=int, metavar="D", help="hidden layers, or transformer blocks (default: 3)")
-    flags.add_argument("--heads", type=int, metavar="A", help="attention heads (default: head size 32)")
-    flags.add_argument("--patch", type=int, metavar="P", help="side of a ViT's patches")
-    flags.add_argument("--remat", action="store_true", default=None,
-                       help="keep each transformer block's input only, and compute the rest again for the gradient")
-    flags.add_argument("--batch-size", type=int, metavar="B", help="inner batch size (default: 64)")
-    flags.add_argument("--matmul-precision", choices=("highest", "tensorfloat32", "bfloat16"),
-                       help="of matrix products on a GPU (default: highest, that is float32)")
+@dataclasses.dataclass(frozen=True)
+class RunFlags:
+    """How a run is carried out; none of it decides the result. Flags are made as of `Settings`."""
+    out: str | None = of_run(None, "folder for θ, metrics and checkpoints (a new one in runs/ if "
+                             "not given); other files in it do not matter", metavar="DIR")
+    resume: bool = of_run(False, "go on from the newest checkpoint in --out, which must hold one")
+    resume_or_begin: bool = of_run(False, "go on from the newest checkpoint in --out or, if it holds "
+                                   "none, begin there: for scripts that are run repeatedly")
+    checkpoint_every: str = of_run("100", "meta-steps between checkpoints, or minutes as in 10m",
+                                   metavar="EVERY")
+    report_steps: int = of_run(1000, "inner steps of the comparison with AdamW at the end, 0 for "
+                               "none", low=0, metavar="T")
+    devices: int | None = of_run(None, "how many to use (if not given all, of a CPU one for each "
+                                 "core)", low=1, metavar="D")
+
+    distributed: bool = of_hosts(False, "one of several processes; the next three flags are found "
+                                 "by JAX itself on SLURM, Kubernetes and TPU pods")
+    coordinator: str | None = of_hosts(None, "address of process 0", metavar="HOST:PORT")
+    processes: int | None = of_hosts(None, "how many there are", metavar="P")
+    process_id: int | None = of_hosts(None, "which one this is", metavar="I")
+    stall_seconds: float = of_hosts(90.0, "seconds without a meta-step, after which a process "
+                                    "takes another for dead and ends", above=0, metavar="T")
 
 
-def make_parser() -> CommandLine:
-    """The command line of meta-training. Flags without a value here take that of the preset."""
-    parser = CommandLine(prog="meta_train.py", description=__doc__, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=tuple(PRESETS), default=None,
-                        help="settings to start from: laptop (default), or the paper's for one or three widths; flags "
-                        "win over it")
-    parser.add_argument("--parametrization", choices=("mup", "sp"), help="of the inner networks (default: mup)")
-    parser.add_argument("--input-mult", type=float, metavar="c",
-                        help="μP's multipliers, of the first layer (default: 1),")
-    parser.add_argument("--output-mult", type=float, metavar="c",
-                        help="of the logits (default: 16 (laptop), 1 (paper)),")
-    parser.add_argument("--hidden-lr-mult", type=float, metavar="c",
-                        help="and of the updates of hidden weights (default: 16 (laptop), 1 (paper))")
-    parser.add_argument("--base-width", type=int, metavar="W",
-                        help="multiply gradients by width/W before the learned optimizer sees them, so that its ε weigh "
-                        "the same at all widths (default: 0, not at all, as in the paper)")
-    add_task_flags(parser)
-    flags = parser.add_argument_group("PES")
-    flags.add_argument("--pairs", type=int, metavar="N", help="antithetic pairs of runs for each width (default: 8)")
-    flags.add_argument("--truncation", type=int, metavar="K", help="inner steps of one meta-step (default: 50)")
-    flags.add_argument("--sigma", type=float, metavar="σ", help="of the perturbations (default: 0.01)")
-    flags.add_argument("--min-length", type=int, metavar="T", help="shortest inner run, in steps (default: 100)")
-    flags.add_argument("--max-length", type=int, metavar="T", help="longest inner run, in steps (default: 1000)")
-    flags.add_argument("--max-offset", type=int, metavar="T",
-                       help="by which the first runs are shorter, at random (default: K); give the length where all "
-                       "have the same")
-    flags = parser.add_argument_group("meta-optimizer and learned optimizer")
-    flags.add_argument("--meta-steps", type=int, metavar="M", help="default: 800 (laptop), 5000 (paper)")
-    flags.add_argument("--learning-rate", type=float, metavar="η", help="after the warm-up (default: 3e-3)")
-    flags.add_argument("--final-learning-rate", type=float, metavar="η",
-                       help="at the end of the cosine (default: 1e-3)")
-    flags.add_argument("--warmup-steps", type=int, metavar="M", help="default: 100")
-    flags.add_argument("--weight-decay", type=float, metavar="λ", help="of θ (default: 1e-4)")
-    flags.add_argument("--step-mult", type=float, metavar="c",
-                       help="scale of all updates (default: 0.003 (laptop), 0.01 (paper), 0.001 in SP)")
-    flags.add_argument("--exp-mult", type=float, metavar="c", help="scale of the log-magnitudes (default: 0.001)")
-    flags.add_argument("--first-theta", metavar="FILE", help="begin with this θ (default: a random one)")
-    flags.add_argument("--seed", type=int, metavar="S", help="decides everything that is random (default: 0)")
-    flags = parser.add_argument_group("the run")
-    flags.add_argument("--out", metavar="DIR",
-                       help="folder for θ, metrics and checkpoints (default: a new one in runs/)")
-    flags.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    flags.add_argument("--checkpoint-every", default="100", metavar="EVERY",
-                       help="meta-steps, or minutes as in 10m (default: 100)")
-    flags.add_argument("--report-steps", type=int, default=1000, metavar="T",
-                       help="inner steps of the comparison with AdamW at the end, 0 for none (default: 1000)")
-    flags.add_argument("--devices", type=int, metavar="D",
-                       help="how many to use (default: all; on a CPU one for each core)")
-    flags = parser.add_argument_group("many hosts")
-    flags.add_argument("--distributed", action="store_true", help="one of several processes; the next three flags are "
-                       "found by JAX itself on SLURM, Kubernetes and TPU pods")
-    flags.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    flags.add_argument("--processes", type=int, metavar="P", help="how many there are")
-    flags.add_argument("--process-id", type=int, metavar="I", help="which one this is")
-    flags.add_argument("--stall-seconds", type=float, default=90, metavar="T",
-                       help="without a meta-step, after which a process takes another for dead and ends (default: 90)")
-    return parser
+def check_flags(flags: RunFlags) -> None:
+    """Raises ValueError, in one line, for flags that are impossible or do not go together."""
+    tasks.check(flags)
+    _, unit = parse_every(flags.checkpoint_every)
+    if (flags.resume or flags.resume_or_begin) and not flags.out:
+        raise ValueError("--resume needs --out, the folder in which to go on")
+    who = (flags.coordinator, flags.processes, flags.process_id)
+    given = sum(flag is not None for flag in who)
+    if not flags.distributed:
+        if given:
+            raise ValueError("--coordinator, --processes and --process-id need --distributed")
+        return
+    if 0 < given < len(who):
+        raise ValueError("--coordinator, --processes and --process-id go together")
+    if not flags.out:
+        raise ValueError("--distributed needs --out, so that all processes name the same run")
+    if unit == "minutes":
+        raise ValueError("--checkpoint-every in minutes does not go with --distributed: give "
+                         "meta-steps, at which all agree")
+    if given and not 0 <= flags.process_id < flags.processes:
+        raise ValueError(f"--process-id {flags.process_id}: must be between 0 and --processes "
+                         f"{flags.processes} minus 1")
 
 
 def parse_every(text: str) -> tuple[float, str]:
@@ -745,138 +896,123 @@ def parse_every(text: str) -> tuple[float, str]:
             return every
     except ValueError:
         pass
-    raise ValueError(f"--checkpoint-every {text}: must be a number of meta-steps, or of minutes as in 10m")
+    raise ValueError(f"--checkpoint-every {text}: must be a number of meta-steps, or of minutes "
+                     "as in 10m")
+
+
+def make_parser() -> tasks.CommandLine:
+    """The command line: --preset, a flag for each setting, and those of the run."""
+    parser = tasks.CommandLine(prog="meta_train.py", description=__doc__, allow_abbrev=False,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="settings to start from: laptop "
+                        "(default), or the paper's for one or three widths; flags win over it")
+    in_presets = {name: default_of(name) for preset in PRESETS.values() for name in preset}
+    tasks.add_flags(parser, Settings, in_presets)
+    tasks.add_flags(parser, RunFlags)
+    return parser
+
+
+def default_of(name: str) -> str:
+    """The default of a setting in the presets, such as "16.0 (laptop), 1.0 (paper-s, paper-m)"."""
+    presets_of: dict[str, list[str]] = {}
+    for preset, values in PRESETS.items():
+        value = values.get(name, getattr(Settings, name))
+        if value is not None:
+            shown = " ".join(map(str, tasks.as_tuple(value)))
+            presets_of.setdefault(shown, []).append(preset)
+    return ", ".join(f"{shown} ({', '.join(presets)})" for shown, presets in presets_of.items())
 
 
 def new_folder(name: str) -> pathlib.Path:
-    """The first of runs/name-1, runs/name-2, … that is free."""
-    numbers = (int(path.name.rsplit("-", 1)[1]) for path in pathlib.Path("runs").glob(f"{name}-*")
-               if path.name.rsplit("-", 1)[1].isdigit())
-    return pathlib.Path("runs", f"{name}-{max(numbers, default=0) + 1}")
+    """A folder runs/name-1, runs/name-2, … of this process alone: the first after those there."""
+    ends = [path.name.rsplit("-", 1)[1] for path in pathlib.Path("runs").glob(f"{name}-*")]
+    taken = max((int(end) for end in ends if end.isdecimal()), default=0)
+    for number in itertools.count(taken + 1):
+        path = pathlib.Path("runs", f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            path.mkdir(parents=True)
+            return path
+
+
+def join_processes(flags: RunFlags) -> None:
+    """Joins the processes of a run on many hosts. Raises ValueError where that fails."""
+    try:
+        jax.distributed.initialize(flags.coordinator, flags.processes, flags.process_id)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError("--distributed: cannot join the other processes "
+                         f"({tasks.first_line(error)})") from None
 
 
 def run(argv: Sequence[str] | None) -> int:
-    """Parses, checks, trains, reports; returns the exit code. Raises ValueError for any bad input."""
+    """Parses, checks, trains, reports; returns the exit code. ValueError for any bad input."""
     args = make_parser().parse_args(argv)
-    fields = [field.name for field in dataclasses.fields(Settings)]
+    flags, given = RunFlags(**tasks.given_flags(args, RunFlags)), tasks.given_flags(args, Settings)
     preset = args.preset or "laptop"
-    defaults = preset_settings(preset, args.parametrization or "mup")
-    given = defaults if args.preset else {}
-    given = given | {name: value for name in fields if (value := getattr(args, name)) is not None}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    settings = dataclasses.replace(Settings(), **defaults | given)
+    basis = preset_settings(preset, given.get("parametrization", "mup"))
+    if args.preset:
+        given = basis | given
+    settings = Settings(**basis | given)
     check(settings)
-    checkpoint_every = parse_every(args.checkpoint_every)
-    if args.report_steps < 0:
-        raise ValueError(f"--report-steps {args.report_steps}: must not be negative")
-    if not args.stall_seconds > 0:
-        raise ValueError(f"--stall-seconds {args.stall_seconds:g}: must be positive")
-    if args.devices is not None and args.devices < 1:
-        raise ValueError(f"--devices {args.devices}: must be at least 1")
-    if args.resume and not args.out:
-        raise ValueError("--resume needs --out, the folder in which to go on")
-    start_distributed(args, checkpoint_every)
-    if not args.distributed:
-        set_up_devices(settings.pairs, args.devices)
-    jax.config.update("jax_default_matmul_precision", settings.matmul_precision)
+    check_flags(flags)
+    if flags.distributed:
+        join_processes(flags)
 
-    folder = args.out or new_folder(f"{preset}-{settings.parametrization}")
-    resumable = args.resume and os.path.isdir(folder)
-    out = start = None
-    if resumable:
-        out = Out(folder, resume=True)
-        if newest := out.newest():
-            step, start, record = newest
-            settings = settings_on_resume(given, record["settings"])
+    folder = checkpoint = None
+    if flags.resume or flags.resume_or_begin:
+        folder = Folder(flags.out, flags)
+        if checkpoint := folder.checkpoint:
+            settings = settings_on_resume(given, checkpoint.about["settings"])
             check(settings)
-            jax.config.update("jax_default_matmul_precision", settings.matmul_precision)
-    mesh = make_mesh(settings.pairs, args.devices)
-    dataset = load_data(settings, args.download)
-    first_theta = None
-    if start is None:
-        first_theta, origin = read_first_theta(settings)
-        record = {"data": fingerprint(dataset), "origin": origin}
-    elif record["data"] != fingerprint(dataset):
-        raise ValueError(f"cannot resume: the training data of {dataset.name} are not those of the run in {folder}")
-    record = record | {"settings": dataclasses.asdict(settings)}
-    inner_tasks = [make_task(settings, dataset, width, settings.depth, parametrization(settings))
+    if not flags.distributed:
+        tasks.set_up_devices(settings.pairs, flags.devices)
+    jax.config.update("jax_default_matmul_precision", settings.matmul_precision)
+    mesh = make_mesh(settings.pairs, flags.devices)
+
+    dataset = tasks.load_data(settings, args.download)
+    data = fingerprint(dataset)
+    if checkpoint is None:
+        if settings.first_theta is not None and "hidden" not in given:
+            first = lopt.load(settings.first_theta)
+            settings = dataclasses.replace(settings, hidden=hidden_units(first))
+        learned = first_learned(settings)
+    elif checkpoint.about["data"] != data:
+        raise ValueError(f"cannot resume: the training data of {dataset.name} are not those of the "
+                         f"run in {folder.path}")
+    else:
+        learned = resumed_learned(settings, checkpoint)
+    learned = learned._replace(made=learned.made | {"data": data})
+    inner_tasks = [tasks.task_of(settings, dataset, width, settings.depth, learned.parametrization)
                    for width in settings.widths]
-    out = out or Out(folder, args.resume)  # everything else has been checked before the first file is written
-    began = time.monotonic()
-    if out.process == 0:
-        print(f"meta-training a {'μLO' if settings.parametrization == 'mup' else 'SP LO'} on {dataset.name}, widths "
-              f"{' '.join(map(str, settings.widths))}, {settings.pairs} pairs each, on {mesh.devices.size} "
-              f"{jax.devices()[0].platform} device(s); output in {folder}" +
-              (f"; beginning with {settings.first_theta}" if first_theta is not None else "") +
-              (f"; going on after meta-step {step}" if start is not None else ""))
-    try:
-        theta, stopped = train(settings, inner_tasks, dataset, mesh, out, first_theta, start, record,
-                               checkpoint_every, args.stall_seconds)
-    except OSError as error:
-        raise ValueError(f"{out.metrics_path}: cannot be written ({error.strerror}); the last checkpoint is whole, "
-                         "free some space and go on with --resume") from None
+
+    # Everything else has been checked before the first file is written.
+    if folder is None:
+        name = f"{preset}-{settings.parametrization}"
+        folder = Folder(flags.out or new_folder(name), flags)
+    theta_path, began = folder.path / "theta.npz", time.monotonic()
+    if folder.process == 0:
+        kind = "μLO" if settings.parametrization == "mup" else "SP LO"
+        where = f"; going on after meta-step {checkpoint.step}" if checkpoint else \
+            f"; beginning with {settings.first_theta}" if settings.first_theta else ""
+        print(f"meta-training a {kind} on {dataset.name}, widths {' '.join(map(str, settings.widths))}, "
+              f"{settings.pairs} pairs each, on {mesh.devices.size} {jax.devices()[0].platform} "
+              f"device(s); output in {folder.path}{where}", flush=True)
+    learned, stopped = meta_train(settings, inner_tasks, replicate(dataset.train, mesh), mesh,
+                                  learned, folder)
     if stopped:
-        print(f"stopped; go on with: python meta_train.py --out {folder} --resume", file=sys.stderr)
+        again = shlex.join(["python", "meta_train.py", "--out", str(folder.path), "--resume"])
+        print(f"stopped; go on with: {again}", file=sys.stderr)
         return 128 + stopped
-    if out.process == 0:
-        metadata = {"step_mult": step_mult(settings), "exp_mult": settings.exp_mult,
-                    "parametrization": settings.parametrization,
-                    **{name: getattr(settings, name) for name in OF_PARAMETRIZATION},
-                    "settings": dataclasses.asdict(settings), "origin": record.get("origin")}
-        lopt.save_theta(out.folder / "theta.npz", jax.device_get(theta), **metadata)
-        print(f"wrote {out.folder / 'theta.npz'} after {(time.monotonic() - began) / 60:.1f} minutes")
-        if args.report_steps:
-            print(f"comparing θ with AdamW on {args.report_steps} steps of training", flush=True)
-            print(report(settings, dataset, theta, metadata, args.report_steps), flush=True)
+    if folder.process != 0:
+        return 0
+    draw_meta_loss(folder)
+    print(f"wrote {theta_path} after {(time.monotonic() - began) / 60:.1f} minutes")
+    if flags.report_steps:
+        print(f"comparing θ with AdamW on {flags.report_steps} steps of training", flush=True)
+        losses = compare_with_adamw(settings, dataset, learned, flags.report_steps)
+        print(report(losses, settings, flags.report_steps))
+        print(f"Next, more widths: {next_command(settings, theta_path)}", flush=True)
     return 0
 
 
-def start_distributed(args: argparse.Namespace, checkpoint_every: tuple[float, str]) -> None:
-    """Joins the processes of a run on many hosts, if asked to. Raises ValueError for flags that do not go together."""
-    flags = (args.coordinator, args.processes, args.process_id)
-    if not args.distributed:
-        if any(flag is not None for flag in flags):
-            raise ValueError("--coordinator, --processes and --process-id need --distributed")
-        return
-    if any(flag is None for flag in flags) and any(flag is not None for flag in flags):
-        raise ValueError("--coordinator, --processes and --process-id go together")
-    if not args.out:
-        raise ValueError("--distributed needs --out, so that all processes name the same run")
-    if checkpoint_every[1] == "minutes":
-        raise ValueError("--checkpoint-every in minutes does not go with --distributed: give meta-steps, at which all "
-                         "agree")
-    if args.processes is not None and not 0 <= args.process_id < args.processes:
-        raise ValueError(f"--process-id {args.process_id}: must be between 0 and --processes {args.processes} minus 1")
-    try:
-        jax.distributed.initialize(args.coordinator, args.processes, args.process_id)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"--distributed: cannot join the other processes ({first_line(error)})") from None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def run_command(run: Callable[[Sequence[str] | None], int], name: str, argv: Sequence[str] | None) -> int:
-    """Runs a command line: bad input, lack of memory and Ctrl-C become one line on stderr, and exit code 2 (130)."""
-    try:
-        return run(argv)
-    except ValueError as error:
-        print(f"{name}: error: {first_line(error)}", file=sys.stderr)
-    except OSError as error:
-        print(f"{name}: error: {error.filename or 'input or output'}: {error.strerror or first_line(error)}",
-              file=sys.stderr)
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(f"{name}: error: not enough memory for these sizes ({first_line(error)}); use smaller ones",
-              file=sys.stderr)
-    return 2
-
-
 if __name__ == "__main__":
-    sys.exit(run_command(run, "meta_train.py", None))
+    sys.exit(tasks.run_command(run, "meta_train.py", None))

@@ -1,26 +1,21 @@
-"""μP: the kinds of weights, how each is initialised, and by what it is multiplied.
+"""μP: the kinds of weights, how each is initialised, and what multiplies it.
 
-    python mup.py        shows the rules on an MLP of two widths, and a coordinate check of Adam (20 s)
+    python mup.py        prints the rules on an MLP of two widths, in SP and in μP
 
-Every weight tensor of an inner network is declared once, where it is used, as a `Weight` of one of four
-*kinds*, told apart by how its fan-in and its fan-out grow with the width n of the network:
+Every weight tensor of an inner network is declared once, where it is used, as a `Weight` of one of four *kinds*. Its
+kind says how its fan-in and its fan-out grow with the width n of the network:
 
-    kind    fan_in  fan_out  init in μP            init in SP        forward multiplier  update multiplier
-    input   Θ(1)    Θ(n)     N(0, 1/fan_in)*       as in μP          input_mult          1
-    hidden  Θ(n)    Θ(n)     N(0, 1/fan_in)*       as in μP          1                   hidden_lr_mult / fan_in
-    output  Θ(n)    Θ(1)     0                     N(0, 1/fan_in)*   output_mult/fan_in  1
-    vector  -       Θ(n)     bias N(0, 1),         bias 0,           1                   1
-                             gain 1, shift 0       gain 1, shift 0
+    kind    fan_in  fan_out  examples
+    input   Θ(1)    Θ(n)     first layer, embeddings
+    hidden  Θ(n)    Θ(n)     inner layers, attention, both matrices of a transformer's MLP
+    output  Θ(n)    Θ(1)     read-out
+    vector  -       Θ(n)     biases, gains and shifts of norms (an input weight of fan_in 1)
 
-    * cut at two standard deviations σ and not rescaled for the cut, so its standard deviation is 0.88 σ.
+All else follows from the kind by one table, `rules`: the initial standard deviation, the forward multiplier, and the
+multiplier of the optimizer's update. In the standard parametrization (SP) the multipliers are 1.
 
-Everything else follows from the declarations: `init` draws the weights, `linear` applies a layer with its
-forward multiplier, `attention_scale` and `update_multipliers` give the rest. In the standard parametrization
-(SP) the same calls give the SP column, and every multiplier is 1. One thing goes beyond μLO, and is off unless a base
-width is given: `gradient_multiplier`.
-
-Sources: TP5 (arXiv 2203.03466, its Table 8: μP for Adam) and μLO (arXiv 2406.00153), where the multiplier 1/fan_in
-of Adam's learning rate becomes the multiplier of a learned optimizer's update. For ε: arXiv 2407.05872.
+Sources: TP5 = "Tensor Programs V" (arXiv 2203.03466), whose Table 8 gives μP for Adam; μLO (arXiv 2406.00153), which
+multiplies a learned optimizer's update by what multiplies Adam's learning rate there.
 
 Dimensions: B batch, D fan_in of a layer, W fan_out of a layer.
 """
@@ -33,15 +28,16 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-Tree = Any  # a pytree; here nested dicts whose leaves are arrays, floats or Weights
+Tree = Any  # a pytree; here nested dicts whose leaves are arrays, numbers or Weights
 
 KINDS = ("input", "hidden", "output", "vector")
 
 
 class Parametrization(NamedTuple):
-    """"mup" or "sp", with the three multipliers that μP leaves to be tuned (SP has none: they stay 1).
+    """How a network and its updates depend on the width: "mup" or "sp".
 
-    base_width: that of `gradient_multiplier`, 0 for none.
+    The three multipliers are those that μP leaves to be tuned; SP has none of them. base_width belongs to
+    `gradient_multiplier`, which is ours; 0 turns it off.
     """
     name: str = "mup"
     input_mult: float | Array = 1.0
@@ -51,6 +47,7 @@ class Parametrization(NamedTuple):
 
     @property
     def is_mup(self) -> bool:
+        """True in μP, False in SP. Raises ValueError for any other name."""
         if self.name not in ("mup", "sp"):
             raise ValueError(f"unknown parametrization {self.name!r}: use 'mup' or 'sp'")
         return self.name == "mup"
@@ -59,19 +56,35 @@ class Parametrization(NamedTuple):
 MUP, SP = Parametrization("mup"), Parametrization("sp")
 
 
-def parametrization_of(metadata: dict[str, Any]) -> Parametrization:
-    """The parametrization, with its multipliers, that θ was meta-trained in, from the metadata of its file."""
-    given = {name: metadata[name] for name in Parametrization._fields[1:] if name in metadata}
-    return Parametrization(metadata["parametrization"], **given)
+class Rule(NamedTuple):
+    """One row of μP's table. std: initial standard deviation σ. forward: multiplier of the layer's output.
+    update: multiplier of the optimizer's update."""
+    std: float
+    forward: float | Array
+    update: float | Array
+
+
+def rules(parametrization: Parametrization, fan_in: int) -> dict[str, Rule]:
+    """μP's table, for a weight with that fan_in: its `Rule` by its kind (TP5, Table 8; μLO)."""
+    p, σ = parametrization, 1 / math.sqrt(fan_in)
+    if not p.is_mup:
+        return dict(input=Rule(σ, 1.0, 1.0), hidden=Rule(σ, 1.0, 1.0),
+                    output=Rule(σ, 1.0, 1.0), vector=Rule(0.0, 1.0, 1.0))
+    return dict(
+        #           initial σ  forward                 update
+        input=Rule(σ,          p.input_mult,           1.0),
+        hidden=Rule(σ,         1.0,                    p.hidden_lr_mult / fan_in),
+        output=Rule(0.0,       p.output_mult / fan_in, 1.0),
+        vector=Rule(1.0,       1.0,                    1.0))
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
     """The declaration of one weight tensor: a leaf of a task's tree of weights.
 
-    kind: one of KINDS. shape: of the tensor. fan_in: how many inputs one of its outputs sums over.
-    std, constant: an initialisation that depends neither on the width nor on the parametrization and
-    replaces the kind's own: N(0, std²), not truncated, or a constant.
+    kind: one of KINDS. shape: the tensor's. fan_in: how many inputs are summed in one output.
+    std, constant: an initialisation that replaces the table's and depends neither on the width nor on the
+    parametrization: N(0, std²), or a constant. Raises ValueError for an unknown kind or a size below 1.
     """
     kind: str
     shape: tuple[int, ...]
@@ -83,95 +96,61 @@ class Weight:
         if self.kind not in KINDS:
             raise ValueError(f"unknown kind of weight {self.kind!r}: use one of {', '.join(KINDS)}")
         if min((*self.shape, self.fan_in)) < 1:
-            raise ValueError(f"a weight needs a positive shape and fan_in, got {self.shape} and {self.fan_in}")
+            raise ValueError("a weight needs a positive shape and fan_in, "
+                             f"got {self.shape} and {self.fan_in}")
 
 
 def matrix(kind: str, fan_in: int, fan_out: int) -> dict[str, Weight]:
-    """Declares a linear layer of that kind: w [fan_in, fan_out] and its bias b [fan_out]."""
+    """Declares a linear layer whose matrix has that kind: w [fan_in, fan_out] and its bias b [fan_out]."""
     return {"w": Weight(kind, (fan_in, fan_out), fan_in), "b": Weight("vector", (fan_out,))}
 
 
 def norm(width: int) -> dict[str, Weight]:
-    """Declares a LayerNorm's gain (1) and shift (0), both vectors [width]."""
-    return {"gain": Weight("vector", (width,), constant=1.0), "shift": Weight("vector", (width,), constant=0.0)}
+    """Declares the gain (1) and the shift (0) of a LayerNorm, both vectors [width]."""
+    return {"gain": Weight("vector", (width,), constant=1.0),
+            "shift": Weight("vector", (width,), constant=0.0)}
 
 
-def distribution(weight: Weight, parametrization: Parametrization) -> tuple[str, float]:
-    """How a tensor is drawn, as the table in this module's docstring says (μP init, SP init).
-
-    ("truncated", σ): N(0, σ²) cut at ±2σ; ("normal", σ): N(0, σ²); ("constant", its value).
-    """
-    if weight.constant is not None:
-        return "constant", weight.constant
-    if weight.std is not None:
-        return "normal", weight.std
-    if weight.kind == "vector":  # a bias: an input weight of fan_in 1
-        return ("normal", 1.0) if parametrization.is_mup else ("constant", 0.0)
-    if weight.kind == "output" and parametrization.is_mup:
-        return "constant", 0.0
-    return "truncated", 1.0 / math.sqrt(weight.fan_in)
+def rule_of(weight: Weight, parametrization: Parametrization) -> Rule:
+    """The row of μP's table that holds for a weight."""
+    return rules(parametrization, weight.fan_in)[weight.kind]
 
 
 def init(weights: Tree, key: Array, parametrization: Parametrization) -> Tree:
-    """Draws all of a network's weights: a tree of `Weight`s → the same tree of float32 arrays.
+    """Draws all weights of a network: a tree of `Weight`s → the same tree of float32 arrays.
 
-    All tensors of one distribution are cut from one draw, which compiles several times faster than one for each.
+    Each is N(0, σ²) with the σ of `rules`. Matrices are cut at ±2σ and not rescaled for the cut, so that their standard
+    deviation is 0.88σ; vectors, and weights that declare a std of their own, are not cut.
     """
     declared, treedef = jax.tree.flatten(weights)
-    drawn = [distribution(weight, parametrization) for weight in declared]
-    sizes = {name: sum(math.prod(w.shape) for w, (n, _) in zip(declared, drawn) if n == name)
-             for name in ("truncated", "normal")}
-    keys = jax.random.split(key)
-    rest = {"truncated": jax.random.truncated_normal(keys[0], -2.0, 2.0, (sizes["truncated"],)),
-            "normal": jax.random.normal(keys[1], (sizes["normal"],))}
-    params = []
-    for weight, (name, scale) in zip(declared, drawn):
-        if name == "constant":
-            params.append(jnp.full(weight.shape, scale, jnp.float32))
-        else:
-            flat, rest[name] = jnp.split(rest[name], [math.prod(weight.shape)])
-            params.append(scale * flat.reshape(weight.shape))
-    return treedef.unflatten(params)
+    cut = [w.kind != "vector" and w.std is None for w in declared]
+    stds = [rule_of(w, parametrization).std if w.std is None else w.std for w in declared]
+    stds = [std if w.constant is None else 0.0 for w, std in zip(declared, stds)]
+    normals = standard_normals(key, [w.shape if std else None for w, std in zip(declared, stds)], cut)
+    return treedef.unflatten(
+        [jnp.full(w.shape, w.constant or 0.0, jnp.float32) if z is None else std * z
+         for w, std, z in zip(declared, stds, normals)])
 
 
 def forward_multiplier(weight: Weight, parametrization: Parametrization) -> float | Array:
-    """μP forward multiplier: input_mult for input weights, output_mult/fan_in for output weights, else 1."""
-    if not parametrization.is_mup:
-        return 1.0
-    return {"input": parametrization.input_mult,
-            "output": parametrization.output_mult / weight.fan_in}.get(weight.kind, 1.0)
-
-
-def update_multiplier(weight: Weight, parametrization: Parametrization) -> float | Array:
-    """μP update multiplier: hidden_lr_mult/fan_in for hidden weights, else 1. Absolute: no base width."""
-    if parametrization.is_mup and weight.kind == "hidden":
-        return parametrization.hidden_lr_mult / weight.fan_in
-    return 1.0
+    """The multiplier of what a weight puts out: input_mult (input), output_mult/fan_in (output), else 1."""
+    return rule_of(weight, parametrization).forward
 
 
 def update_multipliers(weights: Tree, parametrization: Parametrization) -> Tree:
-    """The update multiplier of every weight: a tree of `Weight`s → the same tree of numbers."""
-    return jax.tree.map(lambda w: update_multiplier(w, parametrization), weights)
+    """The multiplier of every weight's update: a tree of `Weight`s → the same tree of numbers.
 
-
-def gradient_multiplier(weights: Tree, parametrization: Parametrization) -> float:
-    """By what a learned optimizer's gradients are multiplied: fan_in of the read-out / base_width; 1 without one, or in SP.
-
-    In μP every gradient falls as 1/width, since the logits are multiplied by output_mult/fan_in. The update should not
-    change with that, but small_fc_lopt's features have absolute ε, which rule where gradients are small. With this
-    multiplier a θ sees in a network of any width gradients as large as at the base width. It is ours, not μLO's; that
-    Adam's ε must be scaled with the width, too, is from Everett et al. (arXiv 2407.05872).
+    It is hidden_lr_mult/fan_in for hidden weights and 1 for all others: absolute, not relative to a base width.
+    `lopt.learned_optimizer` and `lopt.adamw` multiply their updates by it.
     """
-    if not (parametrization.is_mup and parametrization.base_width):
-        return 1.0
-    return max(w.fan_in for w in jax.tree.leaves(weights) if w.kind == "output") / parametrization.base_width
+    return jax.tree.map(lambda w: rule_of(w, parametrization).update, weights)
 
 
 def linear(weights: dict[str, Weight], params: dict[str, Array], x: Array,
            parametrization: Parametrization) -> Array:
     """A linear layer with its forward multiplier c: x [..., D] → [..., W].
 
-    input, hidden: c·(x w) + b;  output: c·(x w + b), since μP scales the logits *with* their bias.
+    c·(x w) + b, but c·(x w + b) for a read-out, since μP scales the logits *with* their bias.
     """
     c = forward_multiplier(weights["w"], parametrization)
     if weights["w"].kind == "output":
@@ -180,98 +159,219 @@ def linear(weights: dict[str, Weight], params: dict[str, Array], x: Array,
 
 
 def attention_scale(d_head: int, parametrization: Parametrization) -> float:
-    """By what attention logits q·k are multiplied: 1/d_head in μP, 1/√d_head in SP."""
+    """The multiplier of the attention logits q·k: 1/d_head in μP, 1/√d_head in SP."""
     return 1.0 / d_head if parametrization.is_mup else 1.0 / math.sqrt(d_head)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Demonstration
-
-DEPTH, INPUTS, CLASSES, BATCH = 3, 24, 10, 64
+# A network of one's own: its weights declared from their shapes at two widths ---------------------------
 
 
-def mlp(width: int) -> dict[str, dict[str, Weight]]:
-    """An MLP of DEPTH hidden layers, declared."""
-    return {"layer_0": matrix("input", INPUTS, width),
-            **{f"layer_{i}": matrix("hidden", width, width) for i in range(1, DEPTH)},
-            "logits": matrix("output", width, CLASSES)}
+class Tensor(NamedTuple):
+    """What `infer` sees of a weight tensor.
+
+    axes: the (narrow, wide) lengths of each axis that is not stacked. value: the number that all its entries
+    are, if they are one. layer: the class of its layer, if that is one of Equinox's own.
+    """
+    name: str
+    axes: tuple[tuple[int, int], ...]
+    value: float | None
+    layer: str | None
+
+    @property
+    def is_flat(self) -> bool:
+        """True if at most one axis is longer than 1."""
+        return sum(w > 1 for _, w in self.axes) < 2
+
+    @property
+    def is_gain(self) -> bool:
+        """True for a flat tensor that is one number other than 0, or has the name of a gain."""
+        return self.is_flat and (bool(self.value) or any(x in self.name for x in ("scale", "gain", "gamma"))
+                                 or len(self.axes) == 1 and self.name == "weight")
+
+    @property
+    def is_shift(self) -> bool:
+        """True for a flat tensor that has the name of a shift."""
+        return self.is_flat and any(x in self.name for x in ("shift", "offset", "beta"))
 
 
-def pre_activations(weights: Tree, params: Tree, x: Array, parametrization: Parametrization) -> dict[str, Array]:
-    """What each layer puts out before its ReLU: x [B, D] → [B, W] by layer, the last being the logits."""
-    out = {}
-    for name in weights:
-        out[name] = x = linear(weights[name], params[name], x, parametrization)  # (B, W)
-        x = jax.nn.relu(x)
-    return out
+def infer(narrow: Tree, wide: Tree, stacked: Tree = False) -> Tree:
+    """Declares a network by its shapes at two widths: two trees of tensors → a tree of `Weight`s like `wide`.
+
+    Tensors are arrays or jax.ShapeDtypeStructs. `kind_of` says how kind and fan_in follow from the axes that
+    grow, `start_of` which tensors begin as constants. stacked: how many leading axes count layers: a number,
+    or a tree of numbers at the nodes that hold such layers, as {"blocks": 1}. Without it a constant leading
+    axis is a convolution's. A Weight in `wide` stands for itself. Leaves without a shape, such as functions
+    and Python's numbers, become None, as if they had been filtered out.
+
+    Raises ValueError, in one line that names the tensor, for what the shapes leave open.
+    """
+    def name(path: tuple) -> str:
+        return jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+
+    def from_equinox(x: Any) -> bool:
+        return type(x).__module__.startswith("equinox.nn") and any(key[:6] == "weight" for key in vars(x))
+
+    flat = jax.tree_util.tree_leaves_with_path
+    old, new = ({path: x for path, x in flat(tree) if hasattr(x, "shape")} for tree in (narrow, wide))
+    stacks = dict(flat(stacked))
+    layers = {path: type(x).__name__ for path, x in flat(wide, is_leaf=from_equinox) if from_equinox(x)}
+    unknown = {at for at, k in stacks.items() if k and not any(path[:len(at)] == at for path in new)}
+    for path in sorted(unknown | (old.keys() ^ new.keys()), key=name):
+        raise ValueError(f"{name(path)}: is not in both networks, which must differ in width alone")
+    nodes = {}  # the path of a node of the tree → the tensors right below it, by their paths
+    for path, x in new.items():
+        a, b = old[path].shape, x.shape
+        k = next((k for at, k in stacks.items() if path[:len(at)] == at), 0)
+        if len(a) != len(b) or not 0 <= k <= len(b) or 0 in b or any(n > w for n, w in zip(a[k:], b[k:])):
+            raise ValueError(f"{name(path)}: shape {a} cannot grow to {b} with {k:d} stacked axes; give the "
+                             "narrow network first, and as `stacked` how many leading axes count layers")
+        axes = tuple(zip(a, b))[k:]
+        value = common_value(old[path], x) if sum(w > 1 for w in b[k:]) < 2 or a[k:] == b[k:] else None
+        at = path[:-1] if path and getattr(path[-1], "name", "") == "value" else path  # NNX boxes arrays
+        nodes.setdefault(at[:-1], {})[path] = Tensor(name(at[-1:]).lower(), axes, value, layers.get(at[:-1]))
+    if all(n == w for node in nodes.values() for tensor in node.values() for n, w in tensor.axes):
+        raise ValueError("nothing grows from the narrow network to the wide one: give two different widths")
+    weights = {path: x for path, x in new.items() if isinstance(x, Weight)}
+    for path, tensor, node in [(path, x, node) for node in nodes.values() for path, x in node.items()]:
+        beside = [x for at, x in node.items() if at != path]
+        try:
+            kind, fan_in = ("vector", 1) if path in weights else kind_of(tensor, beside)
+        except ValueError as error:
+            raise ValueError(f"{name(path)}: {old[path].shape} grows to {new[path].shape}, {error}; declare "
+                             "it as a mup.Weight(kind, shape, fan_in) in its place in `wide`") from None
+        weights.setdefault(path, Weight(kind, new[path].shape, fan_in, **start_of(tensor, beside)))
+    return jax.tree_util.tree_map_with_path(lambda path, _: weights.get(path), wide)
 
 
-def coordinate_check(width: int, parametrization: Parametrization, learning_rate: float, steps: int,
-                     seeds: int) -> dict[str, Array]:
-    """RMS, over examples, units and seeds, of the change of each layer's pre-activations in so many Adam steps."""
-    weights = mlp(width)
-    multipliers = update_multipliers(weights, parametrization)
-    teacher = jax.random.normal(jax.random.key(1), (INPUTS, CLASSES))
-    probe = jax.random.normal(jax.random.key(2), (BATCH, INPUTS))
+def kind_of(tensor: Tensor, beside: list[Tensor]) -> tuple[str, int]:
+    """(kind, fan_in) of a tensor, by its axes that grow and the tensors beside it in the tree's same node.
 
-    def loss(params, x):
-        logits = pre_activations(weights, params, x, parametrization)["logits"]
-        at_label = jnp.take_along_axis(logits, jnp.argmax(x @ teacher, axis=1)[:, None], axis=1)[:, 0]
-        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - at_label)
+    An axis that grows is infinite. None, or a single axis in all: vector. One: input if it is an axis of the
+    outputs, output if of the inputs. Two: hidden. The last axis is the outputs', all others are the inputs':
+    [in, out], [h, w, in, out], [heads, size, W]. The outputs have several, as in [W, heads, size], if a bias
+    [heads, size] stands beside, which is a vector; without one, and unless the last two axes are the infinite
+    ones, it must hold for one division of the axes, at both widths, that fan_in = fan_out. The outputs come
+    first, [out, in, …], in Equinox's layers, and where the one tensor beside is a bias that has the length of
+    the first axis and not of the last. Raises ValueError for what is still open.
+    """
+    axes, infinite = tensor.axes, [i for i, (n, w) in enumerate(tensor.axes) if n != w]
 
-    def adam_step(carry, step_and_key):
-        params, m, v = carry
-        t, key = step_and_key
-        grads = jax.grad(loss)(params, jax.random.normal(key, (BATCH, INPUTS)))
-        m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, grads)
-        v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, v, grads)
+    def size(axes: tuple) -> tuple[int, ...]:
+        return tuple(math.prod(lengths) for lengths in zip(*axes))
 
-        def move(p, m, v, multiplier):
-            return p - learning_rate * multiplier * m / (1 - 0.9**t) / (jnp.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    def called_bias(x: Tensor) -> bool:
+        return x.name[0] == "b" or x.name.endswith("_b") or "bias" in x.name or (
+            x.name.isdigit() and len(beside) == 1)
 
-        return (jax.tree.map(move, params, m, v, multipliers), m, v), None
+    def is_bias_of(x: Tensor) -> bool:
+        first = len(x.axes) - len(axes)
+        return first > 0 and x.axes[first:] == axes and (
+            called_bias(tensor) or size(x.axes[:first]) == size(axes))
 
-    @jax.jit
-    def run(params, key):
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        scanned = (1.0 + jnp.arange(steps), jax.random.split(key, steps))
-        (trained, _, _), _ = jax.lax.scan(adam_step, (params, zeros, zeros), scanned)
-        before, after = (pre_activations(weights, p, probe, parametrization) for p in (params, trained))
-        return {name: jnp.mean((after[name] - before[name]) ** 2) for name in weights}
+    if (len(axes) < 2 or not infinite or tensor.is_gain or tensor.is_shift
+            or tensor.layer and (tensor.name == "bias" or "Norm" in tensor.layer)
+            or len(infinite) == 1 and any(map(is_bias_of, beside))):
+        return "vector", 1
+    if len(infinite) > 2:
+        raise ValueError("which are more than two infinite axes")
+    biases = [x.axes for x in beside if called_bias(x)]
+    if (tensor.layer not in (None, "Embedding")
+            or len(beside) == 1 and biases == [axes[:1]] and axes[0] != axes[-1]):
+        return ("hidden" if len(infinite) == 2 else "output" if infinite[0] else "input"), size(axes[1:])[1]
+    # The inputs' axes are axes[:i], the outputs' axes[i:].
+    last = len(axes) - 1
+    possible = range(1, last + 1) if len(infinite) == 1 else range(infinite[0] + 1, infinite[1] + 1)
+    divisions = ([i for i in possible if axes[i:] in biases] or [last] * (infinite[0] >= last - 1)
+                 or [i for i in possible if size(axes[:i]) == size(axes[i:])])
+    found = {("hidden" if len(infinite) == 2 else "output" if infinite[0] < i else "input", size(axes[:i])[1])
+             for i in divisions}
+    if len(found) != 1:
+        raise ValueError("which leaves open which axes are the outputs'")
+    return found.pop()
 
-    keys = jax.random.split(jax.random.key(0), seeds)
-    squares = [run(init(weights, key, parametrization), key) for key in keys]
-    return {name: jnp.sqrt(sum(s[name] for s in squares) / seeds) for name in weights}
+
+def start_of(tensor: Tensor, beside: list[Tensor]) -> dict[str, float]:
+    """The std or constant of a tensor's `Weight` where the table's initialisation is not meant.
+
+    Shapes do not tell a gain (1) and a shift (0) from a bias (N(0, 1) in μP). A gain is a vector whose
+    entries are one number other than 0, which it keeps, or whose name is "weight" or holds "scale", "gain" or
+    "gamma". A shift has a name with "shift", "offset" or "beta", or stands beside a gain of its shape and no
+    matrix. Without entries only names tell. Scalars and constant matrices keep a common value, too; without
+    one constant matrices are N(0, 1/fan_in), and scalars are as biases.
+    """
+    if tensor.is_gain:
+        return {"constant": 1.0 if tensor.value is None else tensor.value}
+    if tensor.is_shift or (len(tensor.axes) == 1 and all(len(x.axes) < 2 for x in beside)
+                           and any(x.is_gain and x.axes == tensor.axes for x in beside)):
+        return {"constant": 0.0}
+    if len(tensor.axes) == 1 or any(n != w for n, w in tensor.axes):
+        return {}
+    if tensor.value is None and tensor.axes:
+        return {"std": math.prod(w for _, w in tensor.axes[:-1]) ** -0.5}
+    return {} if tensor.value is None else {"constant": tensor.value}
+
+
+def common_value(*tensors: Any) -> float | None:
+    """The number that all entries of these tensors are; None if there are several, or none is known."""
+    known = [jax.device_get(x) for x in tensors if hasattr(x, "min") and not isinstance(x, jax.core.Tracer)]
+    values = {float(y) for x in known if jnp.issubdtype(x.dtype, jnp.floating) for y in (x.min(), x.max())}
+    return values.pop() if len(values) == 1 else None
+
+
+# Beyond μLO: ours, and off unless a base width is given -------------------------------------------------
+
+
+def gradient_multiplier(weights: Tree, parametrization: Parametrization) -> float:
+    """The multiplier of the gradients that a learned optimizer sees: width/base_width, 1 by default and in SP.
+
+    The width is the fan_in of the read-out. In μP every gradient falls as 1/width, since the logits are multiplied by
+    output_mult/fan_in. The learned optimizer's features have absolute ε, which rule where gradients are that small;
+    with this multiplier its gradients are as large at any width as at the base width. That Adam's ε, too, must shrink
+    with the width is from Everett et al. (arXiv 2407.05872).
+    """
+    if not (parametrization.is_mup and parametrization.base_width):
+        return 1.0
+    read_outs = [w.fan_in for w in jax.tree.leaves(weights) if w.kind == "output"]
+    return max(read_outs) / parametrization.base_width
+
+
+# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ waterline: the paper above, the machine below ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+
+
+def standard_normals(key: Array, shapes: list[tuple[int, ...] | None], cut: list[bool]) -> list[Array | None]:
+    """One array of standard normals for each shape, cut at ±2 where `cut` says so; None for a shape of None.
+
+    All arrays are taken from two draws, which compile several times faster than one for each.
+    """
+    sizes = [0 if shape is None else math.prod(shape) for shape in shapes]
+    keys = jax.random.split(key)
+    is_cut = {True: jax.random.truncated_normal(
+                  keys[0], -2.0, 2.0, (sum(n for n, c in zip(sizes, cut) if c),)),
+              False: jax.random.normal(keys[1], (sum(n for n, c in zip(sizes, cut) if not c),))}
+    arrays = []
+    for shape, size, c in zip(shapes, sizes, cut):
+        values, is_cut[c] = jnp.split(is_cut[c], [size])
+        arrays.append(None if shape is None else values.reshape(shape))
+    return arrays
 
 
 def main() -> None:
-    """Prints the rules on an MLP at two widths, then a coordinate check of Adam in SP and in μP."""
+    """Prints the rules on an MLP at two widths."""
     for width in (32, 512):
-        weights = mlp(width)
-        print(f"An MLP of width {width}, as it is initialised (standard deviation) and multiplied:")
-        print(f"  {'weight':12}{'kind':8}{'shape':13}{'init SP':>9}{'init μP':>9}{'forward μP':>13}"
-              f"{'update μP':>13}")
+        weights = {"layer_0": matrix("input", 24, width), "layer_1": matrix("hidden", width, width),
+                   "logits": matrix("output", width, 10)}
+        print(f"An MLP of width {width}: standard deviations as drawn, and multipliers in μP")
+        print(f"  {'weight':12}{'kind':8}{'shape':12}{'init SP':>9}{'init μP':>9}{'forward':>10}{'update':>10}")
         in_sp, in_mup = (init(weights, jax.random.key(0), p) for p in (SP, MUP))
         for layer in weights:
             for name, weight in weights[layer].items():
-                std_sp, std_mup = (float(jnp.std(params[layer][name])) for params in (in_sp, in_mup))
+                _, forward, update = rule_of(weight, MUP)
                 shape = " × ".join(map(str, weight.shape))
-                print(f"  {layer + '/' + name:12}{weight.kind:8}{shape:13}{std_sp:9.4f}{std_mup:9.4f}"
-                      f"{forward_multiplier(weight, MUP):13.6f}{update_multiplier(weight, MUP):13.6f}")
+                print(f"  {layer + '/' + name:12}{weight.kind:8}{shape:12}{jnp.std(in_sp[layer][name]):9.4f}"
+                      f"{jnp.std(in_mup[layer][name]):9.4f}{forward:10.6f}{update:10.6f}")
         print()
-    print("In SP every multiplier is 1. A read-out's forward multiplier is also applied to its bias.\n")
-    widths, steps = (32, 128, 512), 5
-    print(f"Coordinate check: RMS change of pre-activations in {steps} steps of Adam, by width; slope in log-log.")
-    print("In μP all layers change by as much at any width; in SP, behind the first layer, the wider the more.")
-    for parametrization, learning_rate in ((SP, 1e-3), (MUP, 1e-2)):
-        checks = [coordinate_check(w, parametrization, learning_rate, steps, seeds=8) for w in widths]
-        label = f"{'μP' if parametrization.is_mup else 'SP'}, learning rate {learning_rate:g}"
-        print(f"  {label:24}" + "".join(f"{w:9}" for w in widths) + f"{'slope':>9}")
-        log_width = jnp.log(jnp.asarray(widths)) - jnp.mean(jnp.log(jnp.asarray(widths)))
-        for name in checks[0]:
-            change = jnp.stack([check[name] for check in checks])
-            slope = jnp.sum(log_width * jnp.log(change)) / jnp.sum(log_width**2)
-            print(f"  {name:24}" + "".join(f"{c:9.4f}" for c in change) + f"{slope:+9.2f}")
+    print("In SP every multiplier is 1. A read-out's forward multiplier applies to its bias, too.")
+    print("What μP is for, no layer moving more in a wider network: python tasks.py")
 
 
 if __name__ == "__main__":

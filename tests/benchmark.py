@@ -13,6 +13,7 @@ The useful arithmetic of an inner step is 3,200 FLOP per weight for the learned 
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import resource
 import sys
@@ -81,9 +82,10 @@ def meta_step_time(settings: meta_train.Settings, repeats: int) -> dict[str, flo
     """Compiles and times the meta-step of one setting."""
     dataset = noise(settings.image_size or 8)
     mesh = meta_train.make_mesh(settings.pairs, None)
-    inner = [meta_train.make_task(settings, dataset, width, settings.depth, meta_train.parametrization(settings))
+    learned = meta_train.first_learned(settings)
+    inner = [tasks.task_of(settings, dataset, width, settings.depth, learned.parametrization)
              for width in settings.widths]
-    init, meta_step = meta_train.make_functions(settings, inner, mesh)
+    init, meta_step = meta_train.make_meta_step(settings, inner, mesh, learned)
     state, split = init(), meta_train.replicate(dataset.train, mesh)
     start = time.perf_counter()
     program = meta_step.lower(state, split).compile()
@@ -145,9 +147,8 @@ def show_update(repeats: int) -> None:
         task = tasks.mlp_task(noise(size), width, 3, 64)
         params = task.init(jax.random.key(0))
         grads = jax.tree.map(lambda x: 0.01 * x, params)
-        for name, optimizer in (("learned", lopt.learned_optimizer(
-                lopt.init_theta(jax.random.key(1)), step_mult=0.01, update_multipliers=task.update_multipliers)),
-                ("AdamW", lopt.adamw(1e-3))):
+        learned = lopt.Learned(lopt.init_theta(jax.random.key(1)), step_mult=0.01)
+        for name, optimizer in (("learned", tasks.optimizer_for(task, learned)), ("AdamW", lopt.adamw(1e-3))):
             state = optimizer.init(params)
             program = jax.jit(optimizer.update, donate_argnums=1).lower(grads, state, params).compile()
             memory = program.memory_analysis()
@@ -167,9 +168,9 @@ def show_evaluation(base: meta_train.Settings) -> None:
     """Prints the steps per second of inner training with a θ, as in evaluate.py."""
     task = tasks.mlp_task(noise(base.image_size or 8), base.widths[0], base.depth, base.batch_size)
     data = noise(base.image_size or 8).train
-    optimizer = lopt.learned_optimizer(lopt.init_theta(jax.random.key(0)), step_mult=0.01,
-                                       update_multipliers=task.update_multipliers)
-    program = jax.jit(lambda key, split: tasks.train(task, optimizer, split, key, 200)[1])
+    make_optimizer = functools.partial(tasks.optimizer_for, task,
+                                       lopt.Learned(lopt.init_theta(jax.random.key(0)), step_mult=0.01))
+    program = jax.jit(lambda key, split: tasks.train(task, make_optimizer, split, key, 200)[1])
     seconds = median_time(lambda: program(jax.random.key(0), data), 3)
     print(f"evaluation: {200 / seconds:,.0f} inner steps per second of one network of width {base.widths[0]}")
 
@@ -182,11 +183,9 @@ def main() -> None:
     parser.add_argument("--update", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     args, rest = parser.parse_known_args()
-    given = {name: tuple(value) if isinstance(value, list) else value
-             for name, value in vars(meta_train.make_parser().parse_args(rest)).items()
-             if value is not None and name in {f.name for f in dataclasses.fields(meta_train.Settings)}}
+    given = tasks.given_flags(meta_train.make_parser().parse_args(rest), meta_train.Settings)
     base = dataclasses.replace(meta_train.Settings(**TINY), **given)
-    meta_train.set_up_devices(base.pairs if not args.scaling else 2, None)
+    tasks.set_up_devices(base.pairs if not args.scaling else 2, None)
     jax.config.update("jax_default_matmul_precision", base.matmul_precision)
     print(f"{len(jax.devices())} × {jax.devices()[0].device_kind}, jax {jax.__version__}")
     if args.scaling:

@@ -31,7 +31,7 @@ KINDS = ("start-up", "training", "writing")
 def start(out: pathlib.Path, meta_steps: int) -> subprocess.Popen:
     """meta_train.py in a process of its own, its messages in OUT.log."""
     command = [sys.executable, str(ROOT / "meta_train.py"), *FLAGS, "--meta-steps", str(meta_steps),
-               "--out", str(out), "--resume"]
+               "--out", str(out), "--resume-or-begin"]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(out.parent / "cache"),
                                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     with open(out.with_suffix(".log"), "a") as log:

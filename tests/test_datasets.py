@@ -76,14 +76,20 @@ def idx(array: np.ndarray, magic: int | None = None, count: int | None = None) -
     return np.array([magic or 0x800 + array.ndim, *sizes], ">u4").tobytes() + array.astype(np.uint8).tobytes()
 
 
-def idx_arrays() -> list[np.ndarray]:
-    return [a for m in (6, 3) for a in (RNG.integers(0, 256, (m, 28, 28)), RNG.integers(0, 10, m))]
+def idx_arrays(labels=()) -> list[np.ndarray]:
+    """Images and labels of 12 training examples, which begin with these labels, and of 3 held-out ones."""
+    arrays = [a for m in (12, 3) for a in (RNG.integers(0, 256, (m, 28, 28)), RNG.integers(0, 10, m))]
+    arrays[1][:len(labels)] = labels
+    return arrays
 
 
-def write_idx(folder, arrays=None, compress=False):
+def write_idx(folder, arrays=None, compress=False, dotted=False):
     for name, array in zip(tasks.IDX_FILES, arrays or idx_arrays()):
-        content = idx(array)
+        content, name = idx(array), name.replace("-idx", ".idx") if dotted else name
         (folder / (name + ".gz" * compress)).write_bytes(gzip.compress(content) if compress else content)
+
+
+MNIST_LABELS, FASHION_LABELS = [5, 0, 4, 1, 9, 2, 1, 3, 1, 4], [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]  # of training
 
 
 NPZ_FILES = [f"train_data_batch_{i}.npz" for i in range(1, 11)] + ["val_data.npz"]
@@ -135,14 +141,66 @@ def test_cifar10(tmp_path, layout):
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
 @pytest.mark.parametrize("compress", [False, True])
-@pytest.mark.parametrize("inside", [False, True])
-def test_idx(tmp_path, name, compress, inside):
-    arrays = idx_arrays()
+@pytest.mark.parametrize("inside, dotted", [(False, False), (True, False), (True, True)])
+def test_idx(tmp_path, name, compress, inside, dotted):
+    arrays = idx_arrays(FASHION_LABELS if name == "fashion_mnist" and not inside else ())
     if inside:  # the folder's own name wins over files that lie beside it
         write_idx(tmp_path)
         (tmp_path / name).mkdir()
-    write_idx(tmp_path / name if inside else tmp_path, arrays, compress)
+    write_idx(tmp_path / name if inside else tmp_path, arrays, compress, dotted)
     check_images(load_dataset(name, tmp_path), arrays[0][..., None], arrays[1], arrays[2][..., None], arrays[3])
+
+
+@pytest.mark.parametrize("folder, name, labels, message", [
+    (".", "fashion_mnist", MNIST_LABELS, "is of data set 'mnist', not of 'fashion_mnist'"),
+    ("fashion_mnist", "fashion_mnist", MNIST_LABELS, "is of data set 'mnist', not of 'fashion_mnist'"),
+    ("raw", "fashion_mnist", (), "may be MNIST's, .* put those of Fashion-MNIST into a folder 'fashion_mnist'"),
+    (".", "mnist", FASHION_LABELS, "is of data set 'fashion_mnist', not of 'mnist'")])
+def test_mnist_is_not_taken_for_fashion_mnist(tmp_path, folder, name, labels, message):
+    """Their files have the same names."""
+    (tmp_path / folder).mkdir(exist_ok=True)
+    write_idx(tmp_path / folder, idx_arrays(labels))
+    with pytest.raises(ValueError, match=message) as error:
+        load_dataset(name, tmp_path / folder)
+    assert str(tmp_path / folder / tasks.IDX_FILES[1]) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("folder", ["FashionMNIST", "fashion-mnist", "fashion_mnist"])
+def test_fashion_mnist_is_known_by_its_folder(tmp_path, monkeypatch, folder):
+    (tmp_path / folder).mkdir()
+    write_idx(tmp_path / folder)
+    monkeypatch.chdir(tmp_path / folder)
+    for place in (tmp_path / folder, ".", f"../{folder}/"):
+        assert load_dataset("fashion_mnist", place).train.inputs.shape == (12, 28, 28, 1)
+
+
+def pickled_cifar10(folder):
+    for name in CIFAR_FILES:
+        (folder / name.removesuffix(".bin")).write_bytes(b"pickled")
+
+
+def pickled_imagenet(folder):
+    for name in NPZ_FILES:
+        (folder / name.removesuffix(".npz")).write_bytes(b"pickled")
+
+
+def imagenet_in_two_folders(folder):
+    write_imagenet(folder)
+    (folder / "val").mkdir()
+    (folder / NPZ_FILES[-1]).rename(folder / "val" / NPZ_FILES[-1])
+
+
+@pytest.mark.parametrize("name, write, file, words", [
+    ("imagenet32", pickled_imagenet, NPZ_FILES[0], "ImageNet 32x32 as npz from image-net.org"),
+    ("imagenet64", pickled_imagenet, NPZ_FILES[0], "ImageNet 64x64 as npz from image-net.org"),
+    ("imagenet32", imagenet_in_two_folders, "val_data.npz", "in one folder"),
+    ("cifar10", pickled_cifar10, CIFAR_FILES[0], "the binary version, cifar-10-binary.tar.gz from www.cs.toronto.edu")])
+def test_other_version_of_a_data_set(tmp_path, name, write, file, words):
+    """The message says which version is needed, and from where."""
+    write(tmp_path)
+    with pytest.raises(ValueError) as error:
+        load_dataset(name, tmp_path)
+    assert file in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -332,9 +390,9 @@ HOSTILE = {
     "idx count of 4 billion": idx_case(lambda c: c[:4] + b"\xff\xff\xff\xff" + c[8:]),
     "idx count of 0": idx_case(lambda c: idx(np.zeros((0, 28, 28)))),
     "idx label 10": idx_case(lambda c: c[:-1] + b"\x0a", 1),
-    "idx labels are images": idx_case(lambda c: idx(np.zeros((6, 28, 28))), 1),
-    "idx more labels than images": idx_case(lambda c: idx(np.zeros(7)), 1),
-    "idx test label 200": idx_case(lambda c: c[:-1] + b"\xc8", 3, "fashion_mnist"),
+    "idx labels are images": idx_case(lambda c: idx(np.zeros((12, 28, 28))), 1),
+    "idx more labels than images": idx_case(lambda c: idx(np.zeros(13)), 1),
+    "idx test label 200": idx_case(lambda c: c[:-1] + b"\xc8", 3),
     "idx gz truncated": idx_case(lambda c: c[:-20], compress=True),
     "idx gz corrupted": idx_case(lambda c: c[:100] + bytes([c[100] ^ 255]) + c[101:], compress=True),
     "idx gz is plain": idx_case(gzip.decompress, compress=True),
@@ -449,6 +507,21 @@ def test_random_damage_to_a_tar_never_escapes_as_another_error(tmp_path, monkeyp
             load_dataset("cifar10", tmp_path)
         except ValueError as error:
             assert str(damaged) in str(error) and len(str(error).splitlines()) == 1
+
+
+def test_flipped_bits_in_an_npz_never_escape_as_another_error(tmp_path):
+    """Those of an array's header reach the parser before the checksum of the zip file is looked at."""
+    write_imagenet(tmp_path)
+    damaged = tmp_path / NPZ_FILES[0]
+    good = damaged.read_bytes()
+    header = good.index(b"NUMPY")
+    for bit in range(8 * (header - 1), 8 * (header + 80), 3):
+        content = bytearray(good)
+        content[bit // 8] ^= 1 << bit % 8
+        damaged.write_bytes(content)
+        with pytest.raises(ValueError) as error:
+            load_dataset("imagenet32", tmp_path)
+        assert str(damaged) in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -606,27 +679,40 @@ def test_synthetic_at_other_sizes(synthetic):
 
 def test_synthetic_linear_model_is_worse_than_narrow_and_that_than_wide(synthetic):
     def final_loss(task):
-        run = jax.jit(lambda split: tasks.train(task, lopt.adamw(2e-3), split, jax.random.key(0), 500)[1])
+        adam = lambda num_steps: lopt.adamw(2e-3)
+        run = jax.jit(lambda split: tasks.train(task, adam, split, jax.random.key(0), 500)[1])
         return float(np.mean(run(synthetic.train)[-100:]))
 
+    weights = mup.matrix("output", 8 * 8 * 3, 10)
+    regression = tasks.Network(weights, lambda params, x: (
+        mup.linear(weights, params, x.reshape(len(x), -1), mup.SP), {}), mup.SP)
+    linear = tasks.classification("linear", synthetic, regression, 64)
     mlp = lambda width: tasks.mlp_task(synthetic, width, 3, 64, mup.SP)
-    wide, narrow, linear = side_by_side(final_loss, [mlp(128), mlp(32), tasks.linear_task(synthetic, 64)])
+    wide, narrow, linear = side_by_side(final_loss, [mlp(128), mlp(32), linear])
     assert 1.0 < wide < narrow - 0.1 and narrow < linear - 0.1 and linear < 2.2
 
 
 def test_training_shares_weights_and_batches_between_optimizers(synthetic):
+    """It also gives the optimizer the planned number of steps, and the loss of each step's batch."""
     task = tasks.mlp_task(synthetic, 8, 2, 16, mup.SP)
     key = jax.random.key(3)
-    still = lopt.Optimizer(lambda params: (),
-                           lambda grads, state, params: (jax.tree.map(jnp.zeros_like, grads), state))
+
+    def still(num_steps):
+        """No updates; the state is the number of steps and the last loss."""
+        return lopt.Optimizer(lambda params: (num_steps, 0.0), lambda grads, state, params, *, value=None: (
+            jax.tree.map(lambda g: jnp.where(state[0] == 3, 0 * g, jnp.nan), grads), (state[0], value)))
+
     @jax.jit
     def run(split):
         initial = task.init(jax.random.fold_in(key, 0))
         batches = [task.sample(jax.random.fold_in(jax.random.fold_in(key, 1), t), split) for t in range(3)]
+        optimizer, carry = still(3), tasks.begin(task, still(3), key)
+        (_, (_, value)), loss = tasks.train_step(task, optimizer, split, key, carry, 0)
         return (initial, [task.loss(initial, batch) for batch in batches], tasks.train(task, still, split, key, 3),
-                tasks.train(task, lopt.adamw(1e-2), split, key, 3)[1])
+                tasks.train(task, lambda _: lopt.adamw(1e-2), split, key, 3)[1], value, loss)
 
-    initial, expected, (params, losses), trained = run(synthetic.train)
+    initial, expected, (params, losses), trained, value, loss = run(synthetic.train)
     jax.tree.map(np.testing.assert_array_equal, params, initial)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert abs(trained[0] - losses[0]) < 1e-5 and abs(trained[2] - losses[2]) > 1e-3
+    assert value == loss and abs(loss - losses[0]) < 1e-5

@@ -1,7 +1,10 @@
-"""Evaluation: tuning, tables and their CSV, what diverged, shared batches, the coordinate check, bad input."""
+"""Evaluation: tuning, tables and their CSV, what diverged, shared batches, the coordinate check, bad input, kills."""
 
 import csv
+import errno
 import functools
+import json
+import sys
 import types
 
 import jax
@@ -11,7 +14,6 @@ from conftest import ROOT, side_by_side
 
 import evaluate
 import lopt
-import meta_train
 import mup
 import tasks
 from evaluate import BASELINES, Hyper
@@ -31,8 +33,8 @@ def dataset():
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch, dataset):
     """The command line without files, in a process whose devices are set up already."""
-    monkeypatch.setattr(meta_train, "load_data", lambda settings, download=False: dataset)
-    monkeypatch.setattr(meta_train, "set_up_devices", lambda pairs, devices: None)
+    monkeypatch.setattr(tasks, "load_data", lambda settings, download=False: dataset)
+    monkeypatch.setattr(tasks, "set_up_devices", lambda divides: None)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -47,13 +49,12 @@ def quick_compilation():
 def theta(tmp_path):
     """A file with a fresh θ, in μP."""
     path = tmp_path / "mine.npz"
-    theta = lopt.init_theta(jax.random.key(0))
-    lopt.save_theta(path, theta, step_mult=0.01, exp_mult=0.001, parametrization="mup")
+    lopt.save(path, lopt.Learned(lopt.init_theta(jax.random.key(0)), step_mult=0.01))
     return str(path)
 
 
 def command(*argv):
-    return meta_train.run_command(evaluate.run, "evaluate.py", [str(word) for word in argv])
+    return tasks.run_command(evaluate.run, "evaluate.py", [str(word) for word in argv])
 
 
 def read(path):
@@ -82,21 +83,23 @@ def test_width_sweep_prints_what_it_writes(tmp_path, capsys):
 
 def test_losses_are_those_of_tasks_train(dataset):
     """One seed of a sweep is `tasks.train` under the same key, for each contender: hence they share batches."""
-    make_task = functools.partial(meta_train.make_task, meta_train.Settings(batch_size=8), dataset, 8, 1)
+    task_in = functools.partial(tasks.task_of, tasks.TaskSettings(batch_size=8), dataset, 8, 1)
     keys = evaluate.seed_keys(jax.random.key(3), 2)
     np.testing.assert_array_equal(jax.random.key_data(keys),
                                   jax.random.key_data(evaluate.seed_keys(jax.random.key(3), 5)[:2]))
     muadam = BASELINES["muadam"]
-    learned = muadam._replace(theta=lopt.init_theta(keys[0]), step_mult=0.01)
+    parametrization = mup.Parametrization("mup", *muadam.start[1:])
+    learned = muadam._replace(learned=lopt.Learned(lopt.init_theta(keys[0]), 0.01),
+                              parametrization=parametrization)
 
     def in_sweep(contender):
-        train, _ = evaluate.compiled(contender, make_task, 3, 2)
+        train, _ = evaluate.compiled(contender, task_in, 3, 2)
         return np.asarray(train(contender.start, keys, dataset.train)[1])
 
     of_adam, of_learned = side_by_side(in_sweep, (muadam, learned))
-    task = muadam.task(make_task, muadam.start)
+    task = task_in(parametrization)
     adam = lopt.adamw(muadam.start.learning_rate, update_multipliers=task.update_multipliers)
-    alone = jax.jit(lambda key: tasks.train(task, adam, dataset.train, key, 3)[1])
+    alone = jax.jit(lambda key: tasks.train(task, lambda num_steps: adam, dataset.train, key, 3)[1])
     np.testing.assert_allclose(of_adam, [alone(key) for key in keys], rtol=1e-5)
     np.testing.assert_allclose(of_learned[:, 0], of_adam[:, 0], rtol=1e-6)  # same weights and batch
     assert of_adam[0, 0] != of_adam[1, 0]
@@ -104,10 +107,10 @@ def test_losses_are_those_of_tasks_train(dataset):
 
 def test_hyperparameters_reach_the_network(dataset):
     """Every field of Hyper changes the losses of μAdam, and in SP only the learning rate does."""
-    make_task = functools.partial(meta_train.make_task, meta_train.Settings(batch_size=8), dataset, 8, 2)
+    task_in = functools.partial(tasks.task_of, tasks.TaskSettings(batch_size=8), dataset, 8, 2)
     keys = evaluate.seed_keys(jax.random.key(0), 1)
     for name, expected in (("muadam", set(Hyper._fields)), ("adamw", {"learning_rate"})):
-        train, _ = evaluate.compiled(BASELINES[name], make_task, 4, 1)
+        train, _ = evaluate.compiled(BASELINES[name], task_in, 4, 1)
         start = BASELINES[name].start
         losses = lambda hyper: np.asarray(train(hyper, keys, dataset.train)[1])
         changed = {field for field in Hyper._fields
@@ -118,19 +121,20 @@ def test_hyperparameters_reach_the_network(dataset):
 def test_diverged_runs_are_named_and_counted():
     losses = np.full((3, 40), 2.0)
     losses[0, -1], losses[1, -2:] = np.nan, 4.0
+    text = lambda row, *columns: tuple(evaluate.cell(row, column) for column in columns)
     row = evaluate.summary(losses, max_loss=3.4)
-    assert (row["loss"], row["diverged"], row["std"], row["seeds"]) == ("diverged", "2", "-", "3")
+    assert text(row, "loss", "diverged", "std", "seeds") == ("diverged", "2", "-", "3")
     losses[0], losses[1] = 2.5, 3.0
     row = evaluate.summary(losses, max_loss=3.4)
-    assert (row["loss"], row["diverged"], row["std"]) == ("2.5000", "0", "0.4082")
+    assert text(row, "loss", "diverged", "std") == ("2.5000", "0", "0.4082")
+    assert row["loss"] == 2.5 and row["diverged"] == 0
     losses = np.array([[1.0, 2.0, 9.0], [np.inf, 4.0, 2.0]])
-    assert [row["loss"] for row in evaluate.smooth(losses, 5.0)] == ["diverged", "3.0000", "diverged"]
+    assert [row["loss"] for row in evaluate.smooth(losses, 5.0)] == [np.inf, 3.0, np.inf]
 
 
 def test_each_theta_runs_by_its_metadata_and_divergence_is_no_nan(theta, tmp_path, monkeypatch, capsys):
-    arrays, _ = lopt.load_theta(theta)
-    wild = tmp_path / "wild.npz"
-    lopt.save_theta(wild, arrays, step_mult=1e30, exp_mult=0.001, parametrization="sp")
+    learned, wild = lopt.load(theta), tmp_path / "wild.npz"
+    lopt.save(wild, learned._replace(step_mult=1e30, parametrization=mup.SP))
     assert command(*TINY, "--widths", "8", "--theta", wild, "--theta", theta, "--out", tmp_path) == 0
     diverged, mine = read(tmp_path / "width.csv")
     assert (diverged["optimizer"], diverged["loss"], diverged["diverged"], diverged["test_loss"]) == (
@@ -138,15 +142,15 @@ def test_each_theta_runs_by_its_metadata_and_divergence_is_no_nan(theta, tmp_pat
     assert (mine["optimizer"], mine["tuned"], mine["diverged"], mine["learning_rate"]) == ("mine", "-", "0", "-")
     assert 1.5 < float(mine["loss"]) < 3.4 and float(mine["test_loss"]) > 1.5
     assert "nan" not in capsys.readouterr().out + (tmp_path / "width.csv").read_text()
-    lopt.save_theta(wild, arrays, step_mult=0.01, exp_mult=0.001, parametrization="mup", output_mult=3.0,
-                    base_width=8)
+    parametrization = mup.Parametrization("mup", 1.0, 3.0, 1.0, 8)
+    lopt.save(wild, learned._replace(parametrization=parametrization))
     [contender] = evaluate.load_contenders([str(wild)], [])
-    make_task = lambda parametrization: parametrization
-    assert contender.task(make_task, contender.start) == meta_train.mup.Parametrization("mup", 1.0, 3.0, 1.0, 8)
-    monkeypatch.setattr(lopt, "learned_optimizer", lambda theta, **scales: scales)
-    task = types.SimpleNamespace(update_multipliers="some", gradient_multiplier=4.0)
-    scales = contender.optimizer(task, contender.start, 1)
-    assert (scales["step_mult"], scales["update_multipliers"], scales["gradient_multiplier"]) == (0.01, "some", 4.0)
+    monkeypatch.setattr(lopt, "learned_optimizer", lambda *given: given)
+    task_in = lambda found: types.SimpleNamespace(name=found, update_multipliers="some", gradient_multiplier=4.0)
+    task, make_optimizer = contender.on(task_in, contender.start)
+    assert task.name == parametrization
+    made, *multipliers, num_steps = make_optimizer(7)
+    assert (made.step_mult, *multipliers, num_steps) == (0.01, "some", 4.0, 7)
 
 
 def test_tune_walks_to_the_optimum():
@@ -195,28 +199,29 @@ def test_horizon_and_depth_sweeps(tmp_path):
 def test_slope_of_known_powers():
     widths = np.array([16, 64, 256])
     values = np.stack([3.0 * widths ** 0.5, widths ** -1.0, np.full(3, 7.0), [1, 0, 1], [1, np.nan, 1]], axis=1)
-    np.testing.assert_allclose(evaluate.slope(widths, values), [0.5, -1.0, 0.0, np.nan, np.nan], atol=1e-12)
+    np.testing.assert_allclose(tasks.slope(widths, values), [0.5, -1.0, 0.0, np.nan, np.nan], atol=1e-12)
 
 
 def test_coordinate_check_measures_the_change(dataset):
     """Against the definition: `tasks.train` from the start to each mark."""
-    make_task = lambda width: tasks.mlp_task(dataset, width, 1, 8, mup.SP)
-    keys, task, adam = evaluate.seed_keys(jax.random.key(1), 2), make_task(8), lopt.adamw(0.01)
-    found = evaluate.coordinate_check(make_task, lambda task: adam, dataset.train, [8], [1, 5], keys)
-    assert {layer: [x.shape for x in values] for layer, values in found.items()} == {
-        "layer_0": [(1, 2)] * 2, "logits": [(1, 2)] * 2}
+    task, make_adam = tasks.mlp_task(dataset, 8, 1, 8, mup.SP), lambda num_steps: lopt.adamw(0.01)
+    keys = evaluate.seed_keys(jax.random.key(1), 2)
+    check = jax.vmap(lambda key: tasks.coordinate_check(task, make_adam, dataset.train, key, [1, 5]))
+    found = jax.jit(check)(keys)
+    assert {layer: [x.shape for x in squares] for layer, squares in found.items()} == {
+        "layer_0": [(2, 2)] * 2, "logits": [(2, 2)] * 2}
 
     @jax.jit
     def by_definition(key):
         inputs, _ = task.sample(jax.random.fold_in(jax.random.fold_in(key, 1), 0), dataset.train)
         networks = [task.init(jax.random.fold_in(key, 0)),
-                    *(tasks.train(task, adam, dataset.train, key, mark)[0] for mark in (1, 5))]
+                    *(tasks.train(task, make_adam, dataset.train, key, mark)[0] for mark in (1, 5))]
         first, *later = (task.forward(params, inputs)[1]["logits"] for params in networks)
         return later, [x - first for x in later]
 
     rms = lambda x: np.sqrt(np.mean(np.square(x), axis=(0, 2, 3)))
-    for got, expected in zip(found["logits"], zip(*(by_definition(key) for key in keys))):
-        np.testing.assert_allclose(got[0], rms(np.array(expected)), rtol=1e-4)
+    for squares, expected in zip(found["logits"], zip(*(by_definition(key) for key in keys))):
+        np.testing.assert_allclose(np.sqrt(np.mean(squares, axis=0)), rms(np.array(expected)), rtol=1e-4)
 
 
 def test_coordinate_check_sweep(tmp_path, capsys):
@@ -237,9 +242,9 @@ def test_coordinate_check_sweep(tmp_path, capsys):
 def test_figures(sweep):
     pytest.importorskip("matplotlib")
     x = evaluate.FIGURES[sweep][0]
-    common = {"optimizer": "a", "tuned": "-", "width": "8", "depth": "3", "layer": "logits", "step": "1"}
-    rows = [common | {x: "8", "loss": "1.5", "std": "0.1", "rms_change": "0.3"},
-            common | {x: "16", "loss": "diverged", "std": "-", "rms_change": "diverged"}]
+    common = {"optimizer": "a", "tuned": "-", "width": 8, "depth": 3, "layer": "logits", "step": 1}
+    rows = [common | {x: 8, "loss": 1.5, "std": 0.1, "rms_change": 0.3},
+            common | {x: 16, "loss": np.inf, "std": np.nan, "rms_change": np.inf}]
     assert evaluate.figure(sweep, rows, "title").startswith(b"\x89PNG")
 
 
@@ -299,11 +304,12 @@ def test_shipped_tables_are_those_of_their_commands(name):
     plan = evaluate.prepare([*argv, "--out", "absent", "--name", name])
     column = lambda name: {row[name] for row in rows}
     assert column("optimizer") == {contender.name for contender in plan.contenders}
-    assert column("width") == set(map(str, plan.args.widths)) and column("depth") == set(map(str, plan.args.depths))
+    settings = plan.settings
+    assert column("width") == set(map(str, settings.widths)) and column("depth") == set(map(str, settings.depths))
     if "seeds" in rows[0]:  # not in a coordinate check
-        times = evaluate.HORIZON if plan.args.sweep == "horizon" else (1,)
-        assert column("seeds") == {str(plan.args.seeds)}
-        assert column("steps") == {str(plan.args.steps * n) for n in times}
+        times = evaluate.HORIZON if settings.sweep == "horizon" else (1,)
+        assert column("seeds") == {str(settings.seeds)}
+        assert column("steps") == {str(settings.steps * n) for n in times}
 
 
 def test_reproduce_goes_on_after_what_is_done(tmp_path, monkeypatch, capsys):
@@ -322,7 +328,199 @@ def test_reproduce_goes_on_after_what_is_done(tmp_path, monkeypatch, capsys):
 def test_failed_run_writes_nothing(tmp_path, monkeypatch):
     def fails(*args):
         raise RuntimeError("stop")
-    monkeypatch.setattr(evaluate, "train_rows", fails)
+    monkeypatch.setattr(evaluate, "compiled", fails)
     with pytest.raises(RuntimeError, match="stop"):
         command(*TINY, "--baselines", "adamw", "--tune", "none", "--out", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is on disk, and when
+
+ONE = ["--widths", "8", "--depth", "1", "--batch-size", "8", "--seeds", "1", "--steps", "2", "--tune", "none"]
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Training that takes no time: its losses follow from the hyperparameters. The list of what has been trained."""
+    made = []
+
+    def compiled(contender, task_in, steps, seeds):
+        def train(hyper, keys, split):
+            made.append((contender.name, task_in(mup.SP).name, steps))
+            loss = 2.0 + 0.1 * abs(np.log2(hyper.learning_rate / 0.003)) + 0.01 * abs(np.log2(hyper.output_mult / 4))
+            return None, np.full((seeds, steps), loss) + np.arange(seeds)[:, None] / 30
+
+        return train, lambda hyper, params, split: (np.full(seeds, 2.1), np.full(seeds, 1 / 3))
+
+    monkeypatch.setattr(evaluate, "compiled", compiled)
+    return made
+
+
+class Killed(BaseException):
+    """Stands for a signal that ends the process."""
+
+
+def kill(*args):
+    raise Killed
+
+
+def test_a_killed_evaluation_goes_on(theta, trained, tmp_path, monkeypatch, capsys):
+    """Killed at each of its trainings in turn, and started again: none is made twice, and the CSV is the same."""
+    argv = [*TINY, "--theta", theta, "--baselines", "adamw", "--tune", "both", "--tune-steps", "3"]
+    assert command(*argv, "--out", tmp_path / "whole") == 0
+    expected = trained.copy()
+    assert len(expected) > 10 and len(set(expected)) == 6  # θ is not tuned
+    compiled, limit = evaluate.compiled, 0
+
+    def killed(*args):
+        train, test = compiled(*args)
+
+        def train_or_die(*args):
+            if len(trained) == limit:
+                raise Killed
+            return train(*args)
+
+        return train_or_die, test
+
+    monkeypatch.setattr(evaluate, "compiled", killed)
+    trained.clear()
+    for limit in range(len(expected)):
+        with pytest.raises(Killed):
+            command(*argv, "--out", tmp_path / "killed")
+        assert trained == expected[:limit]
+        if trained:  # what was finished can be read
+            [journal] = (tmp_path / "killed").iterdir()
+            settings, *lines = map(json.loads, journal.read_text().splitlines())
+            assert settings["steps"] == 4 and len(lines) == limit
+            with open(journal, "a") as file:
+                file.write('[[1, "adamw", ')  # a line that was being written
+    assert "loss" in lines[0][1]["table"][0]
+    limit += 1
+    capsys.readouterr()
+    assert command(*argv, "--out", tmp_path / "killed") == 0
+    assert trained == expected and f"going on with the {limit - 1} results in {journal}" in capsys.readouterr().err
+    whole, interrupted = ((tmp_path / folder / "width.csv").read_bytes() for folder in ("whole", "killed"))
+    assert whole == interrupted and [path.name for path in (tmp_path / "killed").iterdir()] == ["width.csv"]
+
+
+def test_results_of_other_settings_are_not_mixed(trained, theta, tmp_path, monkeypatch, capsys):
+    argv = [*ONE, "--theta", theta, "--out", tmp_path]
+    journal = tmp_path / "width.partial.jsonl"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(evaluate, "write_csv", kill)
+        command(*argv)
+    before = journal.read_bytes()
+    capsys.readouterr()
+    for flags, culprit in ((["--steps", "3"], "--steps 2, not 3"), (["--seed", "1"], "--seed 0, not 1"),
+                           (["--baselines", "adamw"], "--baselines")):
+        assert command(*argv, *flags) == 2
+        error = capsys.readouterr().err
+        assert culprit in error and str(journal) in error and error.count("\n") == 1
+    lopt.save(theta, lopt.load(theta)._replace(step_mult=0.02))  # another θ in a file of the same name
+    assert command(*argv) == 2 and "--theta" in capsys.readouterr().err
+    assert journal.read_bytes() == before
+    for damage in (b"[1]\n", b"{}\n[[0], 1]\n", b"\xff\n{}\n", before[:40] + before[41:]):
+        journal.write_bytes(damage)
+        if damage != b"[1]\n":  # a single line holds no results
+            assert command(*argv) == 2
+            error = capsys.readouterr().err
+            assert str(journal) in error and error.count("\n") == 1
+            assert journal.read_bytes() == damage
+
+
+def test_of_two_at_once_the_second_is_refused(trained, tmp_path, capsys):
+    argv = [*ONE, "--baselines", "adamw", "--out", tmp_path]
+    with evaluate.Journal(tmp_path / "width.partial.jsonl", {}):
+        assert command(*argv) == 2
+        error = capsys.readouterr().err
+        assert "width.partial.jsonl: another process is writing there" in error and error.count("\n") == 1
+        assert command(*argv, "--name", "other") == 0
+    assert command(*argv) == 0
+
+
+def test_locks_are_not_needed(trained, tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert command(*ONE, "--baselines", "adamw", "--out", tmp_path) == 0
+    assert capsys.readouterr().err.count("cannot be locked") == 1
+    assert len(read(tmp_path / "width.csv")) == 1
+
+
+def test_the_csv_is_written_before_anything_is_printed(trained, tmp_path, monkeypatch):
+    def broken_pipe(*args, file=None, **kwargs):
+        if file is not sys.stderr:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", broken_pipe)
+    with pytest.raises(BrokenPipeError):
+        evaluate.run([*ONE, "--baselines", "adamw", "--out", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["width.csv"] and len(read(tmp_path / "width.csv")) == 1
+
+
+def test_a_figure_that_fails_is_a_warning(trained, tmp_path, monkeypatch, capsys):
+    """A matplotlib that cannot draw: the results are there, and the exit code is 0."""
+    pytest.importorskip("matplotlib.figure")
+    monkeypatch.setattr(sys.modules["matplotlib.figure"], "Figure", None)
+    assert command(*ONE, "--baselines", "adamw", "--plot", "--out", tmp_path) == 0
+    printed = capsys.readouterr()
+    [warning] = [line for line in printed.err.splitlines() if "warning" in line]
+    assert "width.png: could not be drawn (TypeError: " in warning
+    assert printed.out.strip().endswith(f"wrote {tmp_path}/width.csv")
+    assert [path.name for path in tmp_path.iterdir()] == ["width.csv"] and len(read(tmp_path / "width.csv")) == 1
+
+
+def test_names_of_files_are_drawn_as_they_are(theta, tmp_path, monkeypatch, capsys):
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    names = ["a$b_^$c", "_best", "µ\udcff"]  # the last is a byte that is no UTF-8
+    for name in names:
+        lopt.save(tmp_path / f"{name}.npz", lopt.load(theta))
+    legends, legend = [], axes.legend
+    monkeypatch.setattr(axes, "legend", lambda *args, **kwargs: legends.append(legend(*args, **kwargs)))
+    monkeypatch.setattr(evaluate, "sweep", lambda settings, dataset, contender, remember: iter([{"table": [
+        {"optimizer": contender.name, "tuned": "-", "width": 8, "depth": 1, "loss": 2.0}]}]))
+    paths = [tmp_path / f"{name}.npz" for name in names]
+    assert command(*ONE, "--theta", *paths, "--plot", "--out", tmp_path) == 0
+    assert "warning" not in capsys.readouterr().err
+    texts = [text.get_text().strip().replace("\\$", "$") for text in legends[0].get_texts()]
+    assert texts == ["a$b_^$c", "_best", "µ?"] and (tmp_path / "width.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "width.csv").read_bytes().count("µ".encode() + b"\xff,-,8,1") == 1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.csv")), ids=lambda path: path.name)
+def test_a_csv_read_back_is_the_same(path, tmp_path):
+    rows = evaluate.read_csv(path)
+    assert all(isinstance(row["width"], int) for row in rows)
+    evaluate.write_csv(tmp_path / "again.csv", rows, tuple(rows[0]))
+    assert (tmp_path / "again.csv").read_bytes() == path.read_bytes()
+
+
+def test_reproduce_loads_all_data_before_it_trains(dataset, tmp_path, monkeypatch, capsys):
+    flags = "--baselines adamw " + " ".join(ONE)
+    monkeypatch.setattr(evaluate, "QUICK", {"one": flags, "two": flags, "three": f"{flags} --image-size 2"})
+    loaded = []
+
+    def load_data(settings, download=False):
+        loaded.append(settings.image_size)
+        if settings.image_size:
+            raise ValueError("data/tinyshakespeare.txt: no such file or folder")
+        return dataset
+
+    monkeypatch.setattr(tasks, "load_data", load_data)
+    assert command("--reproduce", "quick", "--out", tmp_path / "new") == 2
+    assert "tinyshakespeare.txt: no such file" in capsys.readouterr().err
+    assert loaded == [None, 2] and not (tmp_path / "new").exists()
+
+
+def test_reproduce_draws_a_figure_that_alone_is_missing(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(evaluate, "QUICK", {"horizon": evaluate.EXPERIMENTS["horizon"]})
+    for name in ("horizon.csv", "horizon-curves.csv"):
+        (tmp_path / name).write_bytes((ROOT / "results" / name).read_bytes())
+    assert command("--reproduce", "quick", "--plot", "--out", tmp_path) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert (tmp_path / "horizon.png").read_bytes().startswith(b"\x89PNG")

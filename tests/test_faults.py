@@ -3,18 +3,26 @@
 Killed processes: tests/kill_and_resume.py. Damaged data files: test_datasets.py. Diverged inner runs: test_es.py.
 """
 
+import concurrent.futures
 import csv
+import errno
+import fcntl
 import functools
+import importlib.util
+import io
 import json
 import pathlib
 import resource
+import shlex
 import shutil
 import signal
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from jax.sharding import Mesh
 
 import es
@@ -35,16 +43,16 @@ def quick():
     """One synthetic data set, one compilation for all runs of the same settings, no optimization by XLA."""
     programs = {}
 
-    def make_functions(settings, inner_tasks, mesh, first_theta=None, make=meta_train.make_functions):
+    def make_meta_step(settings, inner_tasks, mesh, learned, make=meta_train.make_meta_step):
         key = settings, mesh
         if key not in programs:
-            programs[key] = make(settings, inner_tasks, mesh, first_theta)
+            programs[key] = make(settings, inner_tasks, mesh, learned)
         return programs[key]
 
     jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks, "make_synthetic", functools.cache(tasks.make_synthetic))
-        patch.setattr(meta_train, "make_functions", make_functions)
+        patch.setattr(meta_train, "make_meta_step", make_meta_step)
         yield
     jax.config.update("jax_disable_most_optimizations", False)
     jax.config.update("jax_default_matmul_precision", None)
@@ -52,7 +60,7 @@ def quick():
 
 def command(*argv, program=meta_train):
     """The exit code of a command line, run in this process."""
-    return meta_train.run_command(program.run, f"{program.__name__}.py", [str(word) for word in argv])
+    return tasks.run_command(program.run, f"{program.__name__}.py", [str(word) for word in argv])
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +76,11 @@ def finished(tmp_path_factory):
 def copy(finished, tmp_path):
     """A copy of it, to be damaged."""
     return pathlib.Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def folder(path):
+    """The folder of a run that is to be resumed."""
+    return meta_train.Folder(path, meta_train.RunFlags(resume=True))
 
 
 def results(out):
@@ -98,7 +111,7 @@ def each(flags, *values):
 
 
 POSITIVE = ("widths", "depth", "batch-size", "image-size", "vocab-size", "sequence-length", "heads", "patch")
-META_POSITIVE = ("pairs", "truncation", "min-length", "meta-steps", "devices")
+META_POSITIVE = ("pairs", "truncation", "min-length", "meta-steps", "hidden", "devices")
 META_COUNTS = ("warmup-steps", "report-steps", "process-id", "max-length", "processes")
 META_NUMBERS = ("sigma", "learning-rate", "final-learning-rate", "step-mult", "input-mult", "output-mult",
                 "hidden-lr-mult")
@@ -151,6 +164,7 @@ META = [
     *[(f"--first-theta @/{name}", name) for name in NO_THETA],
     ("--first-theta @/theta.npz", "was meta-trained with --output-mult 2.0, not 16.0; --step-mult 0.01, not 0.003"),
     ("--first-theta @/theta.npz --parametrization sp", "--parametrization mup, not sp"),
+    ("--first-theta @/theta.npz --hidden 16", "was meta-trained with --hidden 8, not 16"),
     ("--resume", "--resume needs --out"), ("--resume --out @/full", "full: is not empty"),
     ("--resume --out @/file", "file"), ("--coordinator localhost:1", "need --distributed"),
     ("--processes 2 --process-id 0", "need --distributed"), ("--distributed", "--distributed needs --out"),
@@ -172,21 +186,21 @@ def inputs(tmp_path_factory):
     """Some good and bad files, outside of the working folder."""
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "full").mkdir()
-    for name in ("file", "full/mine"):
+    for name in ("file", "full/mine", "full/metrics.csv"):
         (folder / name).write_text("mine")
     (folder / "empty.npz").touch()
     (folder / "short.txt").write_text("too short")
     (folder / "binary.txt").write_bytes(bytes(range(256)) * 99)
     (folder / "text.txt").write_text("To be, or not to be. " * 2000)
-    lopt.save_theta(folder / "theta.npz", lopt.init_theta(jax.random.key(0)), parametrization="mup", output_mult=2.0,
-                    hidden_lr_mult=16.0, step_mult=0.01, exp_mult=0.001)
+    parametrization = lopt.mup.Parametrization("mup", output_mult=2.0, hidden_lr_mult=16.0)
+    lopt.save(folder / "theta.npz", lopt.Learned(lopt.init_theta(jax.random.key(0), 8), 0.01, 0.001, parametrization))
     return folder
 
 
 @pytest.mark.parametrize("program, cases", [(meta_train, META), (evaluate, EVALUATE)])
 def test_bad_input_is_one_line_and_nothing_is_written(program, cases, inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(meta_train, "train", None)  # no case may come as far
+    monkeypatch.setattr(meta_train, "meta_train", None)  # no case may come as far
     monkeypatch.setattr(evaluate, "compiled", None)
     before, failed = contents(inputs), []
     for flags, culprit in cases:
@@ -222,19 +236,19 @@ def flips(content, count, rng):
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(copy, capsys):
     """1,000 single bytes and 100 lengths."""
-    out = meta_train.Out(copy, resume=True)
+    out = folder(copy)
     step, arrays, record = out.newest()
     assert step == STEPS and not capsys.readouterr().err
     older = out.load(STEPS - EVERY)
-    expected = {name: value.tobytes() for name, value in older[0].items()}
+    expected = {name: value.tobytes() for name, value in older.arrays.items()}
     assert any(arrays[name].tobytes() != value for name, value in expected.items())
-    newest, rng = out._path(STEPS), np.random.default_rng(0)
+    newest, rng = out.checkpoint_path(STEPS), np.random.default_rng(0)
     content = newest.read_bytes()
     truncated = (content[:length] for length in [0, 1, 63, 64, 65, *rng.integers(len(content), size=95)])
     for damaged in (*flips(content, 1000, rng), *truncated):
         newest.write_bytes(damaged)
         step, arrays, record = out.newest()
-        assert step == STEPS - EVERY and record == older[1]
+        assert step == STEPS - EVERY and record == older.about
         assert {name: value.tobytes() for name, value in arrays.items()} == expected
         warning = capsys.readouterr().err
         assert warning.count("\n") == 1 and newest.name in warning and "checksum" in warning
@@ -252,13 +266,13 @@ def test_no_whole_checkpoint_is_one_line(copy, capsys):
 
 @pytest.mark.parametrize("record", [None, b"{", b"[]", b"{}", b'{"settings": {"unknown": 1}}', b"\xff"])
 def test_checkpoint_of_another_version_is_not_used(copy, record, capsys):
-    out = meta_train.Out(copy, resume=True)
-    arrays = lopt.read_npz(out._path(STEPS), 1 << 30)
+    out = folder(copy)
+    arrays = lopt.read_npz(out.checkpoint_path(STEPS), 1 << 30)
     arrays.pop("record")
     if record is not None:
         arrays["record"] = np.frombuffer(record, np.uint8)
-    lopt.write_npz(out._path(STEPS), arrays)
-    assert out.newest()[0] == STEPS - EVERY and "another version" in capsys.readouterr().err
+    lopt.write_npz(out.checkpoint_path(STEPS), arrays)
+    assert out.newest().step == STEPS - EVERY and "another version" in capsys.readouterr().err
 
 
 def test_arrays_that_do_not_fit_are_refused(finished):
@@ -280,22 +294,22 @@ def test_run_after_a_fallback_equals_the_uninterrupted_one(finished, copy, capsy
 def test_damaged_theta_is_refused_or_read_exactly(finished, tmp_path):
     """300 single bytes: some lie in fields of the zip format that have no meaning for the content."""
     content = (finished / "theta.npz").read_bytes()
-    theta, metadata = lopt.load_theta(finished / "theta.npz")
+    learned = lopt.load(finished / "theta.npz")
     path, refused = tmp_path / "theta.npz", 0
     for damaged in flips(content, 300, np.random.default_rng(0)):
         path.write_bytes(damaged)
         try:
-            other, other_metadata = lopt.load_theta(path)
+            other = lopt.load(path)
         except ValueError as error:
             assert str(path) in str(error) and "\n" not in str(error)
             refused += 1
         else:
-            assert other_metadata == metadata
-            assert all(np.array_equal(other[name], theta[name]) for name in theta)
+            assert other._replace(theta=None) == learned._replace(theta=None)
+            assert all(np.array_equal(other.theta[name], x) for name, x in learned.theta.items())
     assert refused > 200
 
 
-THETA = {name: np.zeros(shape, np.float32) for name, shape in lopt.THETA_SHAPES.items()}
+THETA = {name: np.zeros(x.shape, np.float32) for name, x in lopt.init_theta(jax.random.key(0)).items()}
 METADATA = {"step_mult": 0.01, "exp_mult": 0.001, "parametrization": "mup"}
 BAD_THETA = {
     "an array is missing": ({name: THETA[name] for name in list(THETA)[1:]}, METADATA),
@@ -335,13 +349,13 @@ def at_checkpoint(monkeypatch, step, action):
     """Does something, once, when the checkpoint at a meta-step has been written."""
     actions = [action]
 
-    def save(self, state, record, save=meta_train.Out.save):
-        size = save(self, state, record)
+    def save(self, state, about, save=meta_train.Folder.save):
+        size = save(self, state, about)
         if int(state.meta_step) == step and actions:
             actions.pop()(self)
         return size
 
-    monkeypatch.setattr(meta_train.Out, "save", save)
+    monkeypatch.setattr(meta_train.Folder, "save", save)
 
 
 @pytest.mark.parametrize("full", ["checkpoint", "metrics.csv"])
@@ -358,7 +372,8 @@ def test_full_disk(full, finished, tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert code == 2 and "cannot be written (File too large)" in error and "free some space" in error
     assert f"{tmp_path}/out/{full}" in error
-    assert not list((tmp_path / "out").glob(".*.part")) and not (tmp_path / "out" / "theta.npz").exists()
+    assert not list((tmp_path / "out").glob(".*.part"))
+    assert lopt.load(tmp_path / "out" / "theta.npz").made["meta_steps_made"] < STEPS
     assert command(*RESUME, "--out", tmp_path / "out") == 0
     captured = capsys.readouterr()
     assert f"going on after meta-step {EVERY}" in captured.out and "warning" not in captured.err
@@ -372,36 +387,165 @@ def test_too_little_space_is_seen_at_the_start(tmp_path, monkeypatch, capsys):
     assert "1,000 bytes are free there" in one_line(capsys)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_signal_leaves_a_checkpoint(number, finished, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
+    """And a θ; the command that it names goes on from there."""
+    out = tmp_path / "my runs"
     with monkeypatch.context() as patch:
         at_checkpoint(patch, EVERY, lambda _: signal.raise_signal(number))
         handler = signal.getsignal(number)
         assert command(*TINY, "--meta-steps", STEPS, "--out", out) == 128 + number
         assert signal.getsignal(number) is handler
     hint = capsys.readouterr().err.splitlines()[-1]
-    assert hint == f"stopped; go on with: python meta_train.py --out {out} --resume"
-    assert not (out / "theta.npz").exists()
+    assert hint == f"stopped; go on with: python meta_train.py --out '{out}' --resume"
+    assert shlex.split(hint)[-3:] == ["--out", str(out), "--resume"]
+    assert lopt.load(out / "theta.npz").made["meta_steps_made"] == EVERY
     assert command(*RESUME, "--out", out) == 0
     assert f"going on after meta-step {EVERY}" in capsys.readouterr().out
     assert results(out) == results(finished)
 
 
 def test_second_process_is_refused(copy, tmp_path, capsys):
-    first = meta_train.Out(copy, resume=True)
+    first = folder(copy)
     before = contents(copy)
     assert command(*RESUME, "--out", copy) == 2
     assert f"{copy}: another process is using it" in one_line(capsys)
     assert contents(copy) == before
     first.lock.close()
-    fresh = meta_train.Out(tmp_path / "fresh", resume=False)
-    assert command(*TINY, "--out", fresh.folder) == 2
+    fresh = meta_train.Folder(tmp_path / "fresh", meta_train.RunFlags())
+    assert command(*TINY, "--out", fresh.path) == 2
     assert "another process is using it" in one_line(capsys)
 
 
+def test_an_ignored_hangup_stays_ignored(finished, tmp_path, monkeypatch):
+    """As nohup leaves it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with monkeypatch.context() as patch:
+            at_checkpoint(patch, EVERY, lambda _: signal.raise_signal(signal.SIGHUP))
+            assert command(*TINY, "--meta-steps", STEPS, "--out", tmp_path / "out") == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert results(tmp_path / "out") == results(finished)
+
+
 # ---------------------------------------------------------------------------------------------------------
-# What may change on resuming
+# Other systems: no locks, a stderr that is a file, folders that others write in, many runs at once
+
+
+@pytest.mark.parametrize("lack", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, "fcntl"])
+def test_a_system_without_locks_is_warned_of_once(lack, finished, tmp_path, monkeypatch, capsys):
+    def flock(file, how):
+        raise OSError(lack, "no locks here")
+
+    if lack == "fcntl":
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    else:
+        monkeypatch.setattr(fcntl, "flock", flock)
+    assert command(*TINY, "--meta-steps", STEPS, "--out", tmp_path / "out") == 0
+    assert capsys.readouterr().err.count("warning") == 1
+    assert results(tmp_path / "out") == results(finished)
+
+
+def test_meta_train_is_imported_without_fcntl(monkeypatch):
+    """As on Windows, which has fewer signals, too."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    for name in ("SIGHUP", "SIGUSR1", "SIGUSR2"):
+        monkeypatch.delattr(signal, name)
+    spec = importlib.util.spec_from_file_location("meta_train_elsewhere", ROOT / "meta_train.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    assert module.STOP_SIGNALS == [signal.SIGINT, signal.SIGTERM]
+
+
+def test_a_file_system_without_fsync_is_no_full_disk(finished, tmp_path, monkeypatch):
+    def fsync(descriptor):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(meta_train.lopt, "write_npz", lambda path, arrays: np.savez(path, **arrays))
+    monkeypatch.setattr(meta_train.os, "fsync", fsync)
+    monkeypatch.setattr(meta_train.lopt, "write_atomically", lambda path, content: path.write_bytes(content))
+    assert command(*TINY, "--meta-steps", STEPS, "--out", tmp_path / "out") == 0
+    assert results(tmp_path / "out") == results(finished)
+
+
+@pytest.mark.parametrize("seconds, disable, lines", [(60, "", 1), (0, "", STEPS), (0, "0", STEPS), (0, "1", 0)])
+def test_progress_in_a_log_is_plain_lines(seconds, disable, lines, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(meta_train.Progress, "seconds", seconds)
+    monkeypatch.setenv("TQDM_DISABLE", disable)
+    assert command(*TINY, "--meta-steps", STEPS, "--out", tmp_path / "out") == 0
+    error = capsys.readouterr().err
+    assert error.count("\n") == lines and "\r" not in error
+    assert all(line.startswith(f"meta-step {i} of {STEPS}, meta-loss ")
+               for i, line in enumerate(error.splitlines(), start=1))
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_stderr_that_is_gone_ends_no_run(terminal, finished, tmp_path, monkeypatch):
+    class Gone(io.StringIO):
+        def isatty(self):
+            return terminal
+
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Gone())
+        assert command(*TINY, "--meta-steps", STEPS, "--out", tmp_path / "out") == 0
+    assert results(tmp_path / "out") == results(finished)
+
+
+def test_files_of_others_do_not_matter(finished, tmp_path, monkeypatch, capsys):
+    """A SLURM log, lost+found, .gitkeep, .nfs…: the run begins beside them, and goes on beside them."""
+    out = tmp_path / "out"
+    (out / "lost+found").mkdir(parents=True)
+    for name in ("slurm-1.out", ".gitkeep", ".nfs0000001", "checkpoint-notes.txt"):
+        (out / name).write_text(name)
+    before = contents(out)
+    with monkeypatch.context() as patch:
+        at_checkpoint(patch, EVERY, lambda _: signal.raise_signal(signal.SIGTERM))
+        assert command(*TINY, "--meta-steps", STEPS, "--out", out) == 128 + signal.SIGTERM
+    assert command(*RESUME, "--out", out) == 0
+    assert contents(out).items() >= before.items()
+    assert results(out) == results(finished)
+
+
+def test_runs_that_begin_at_once_have_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "laptop-mup-4").mkdir(parents=True)
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        folders = list(threads.map(meta_train.new_folder, ["laptop-mup"] * 16))
+    assert sorted(int(path.name.rsplit("-", 1)[1]) for path in folders) == list(range(5, 21))
+    assert all(path.is_dir() for path in folders)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Resuming: where there is nothing to resume, and what may change
+
+
+def test_nothing_to_resume_is_one_line(finished, tmp_path, capsys):
+    """A folder that is not there, or holds no checkpoint: --resume ends, --resume-or-begin begins and then goes on."""
+    out = tmp_path / "out"
+    for name in ("absent", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        before = contents(tmp_path)
+        assert command(*RESUME, "--out", tmp_path / name) == 2
+        error = one_line(capsys)
+        assert f"{tmp_path / name}: there is no checkpoint to resume from" in error and "--resume-or-begin" in error
+        assert contents(tmp_path) == before
+    for said in (f"output in {out}\n", f"going on after meta-step {STEPS}\n"):
+        assert command(*TINY, "--meta-steps", STEPS, "--resume-or-begin", "--out", out) == 0
+        assert said in capsys.readouterr().out
+        assert results(out) == results(finished)
+
+
+def test_devices_follow_the_settings_of_the_checkpoint(copy, monkeypatch):
+    """The number of pairs is the checkpoint's before the devices are counted: 3 pairs on 3 cores take 3 devices."""
+    asked = []
+    monkeypatch.setattr(tasks, "set_up_devices", lambda *numbers: asked.append(numbers))
+    assert command(*RESUME, "--out", copy) == 0
+    assert asked == [(2, 1)]
 
 
 def test_more_meta_steps_go_on_and_fewer_are_refused(finished, copy, capsys):
@@ -423,19 +567,29 @@ def test_more_meta_steps_go_on_and_fewer_are_refused(finished, copy, capsys):
 def test_begins_with_a_given_theta(finished, tmp_path, monkeypatch, capsys):
     """Other widths, the θ of the file to the last bit; resumed without that file; the new θ names the old settings."""
     before, out = pathlib.Path(shutil.copy(finished / "theta.npz", tmp_path)), tmp_path / "out"
-    theta, metadata = lopt.load_theta(before)
+    learned = lopt.load(before)
     with monkeypatch.context() as patch:
         at_checkpoint(patch, EVERY, lambda _: signal.raise_signal(signal.SIGTERM))
         stopped = command(*TINY, "--meta-steps", EVERY + 1, "--widths", 5, "--first-theta", before, "--out", out)
     assert stopped == 128 + signal.SIGTERM and f"beginning with {before}" in capsys.readouterr().out
     start = np.load(out / "checkpoint-00000000-0-of-1.npz")[".theta"]
-    jax.tree.map(np.testing.assert_array_equal, lopt.theta_from_vector(start), theta)
+    jax.tree.map(np.testing.assert_array_equal, meta_train.with_theta(learned, start).theta, learned.theta)
     before.unlink()
     assert command(*RESUME, "--out", out) == 0
     assert f"after meta-step {EVERY}\n" in capsys.readouterr().out
-    after, made = lopt.load_theta(out / "theta.npz")
-    assert made["origin"] == metadata and made["origin"]["settings"]["widths"] == [4]
-    assert any(np.any(after[name] != theta[name]) for name in theta)
+    after = lopt.load(out / "theta.npz")
+    assert after.made["origin"] == learned.made and after.made["origin"]["settings"]["widths"] == [4]
+    assert any(np.any(after.theta[name] != x) for name, x in learned.theta.items())
+
+
+def test_the_mlp_of_a_given_theta_wins(inputs, tmp_path, monkeypatch):
+    """--first-theta with a θ of 8 hidden units, and no --hidden: the run has 8."""
+    begun = []
+    monkeypatch.setattr(meta_train, "meta_train", lambda settings, *rest: begun.append((settings, rest)) or (None, 1))
+    flags = ["--output-mult", 2, "--step-mult", 0.01, "--first-theta", inputs / "theta.npz"]
+    assert command(*TINY, *flags, "--out", tmp_path / "out") == 128 + 1
+    (settings, (_, _, _, learned, _)), = begun
+    assert settings.hidden == 8 and learned.theta["w1"].shape == (8, 8)
 
 
 def test_number_of_devices_may_be_left_out_on_resuming(monkeypatch):
@@ -481,17 +635,17 @@ def test_entries_that_are_not_finite_count_as_zero():
 
 @pytest.mark.parametrize("seed, bad", [(1, None), (2, 500)])
 def test_meta_step_without_a_finite_gradient_changes_nothing(seed, bad, monkeypatch):
-    def estimate(task, optimizer, theta, pairs, *rest, axis):
-        return jnp.ones_like(theta).at[:bad].set(jnp.nan), jnp.float32(1.0), pairs  # the first `bad`, or all
+    def truncation(inner, theta, pair, *rest):
+        return (jnp.ones_like(theta).at[:bad].set(jnp.nan), jnp.float32(1.0)), pair  # the first `bad`, or all
 
-    monkeypatch.setattr(es, "estimate", estimate)
+    monkeypatch.setattr(es, "truncation", truncation)
     split = tasks.Split(jnp.zeros((9, 4, 4, 1), jnp.uint8), jnp.zeros(9, jnp.int32))
     dataset = tasks.Dataset("zeros", 2, (0.5,), (0.3,), split, split)
     settings = meta_train.Settings(widths=(4,), depth=1, batch_size=4, pairs=2, meta_steps=10, warmup_steps=2,
                                    seed=seed)
     mesh = Mesh(np.array(jax.devices()[:1]), ("pairs",))
-    inner = meta_train.make_task(settings, dataset, 4, 1, meta_train.mup.Parametrization("mup"))
-    init, meta_step = meta_train.make_functions(settings, [inner], mesh)
+    inner = tasks.task_of(settings, dataset, 4, 1, meta_train.mup.Parametrization("mup"))
+    init, meta_step = meta_train.make_meta_step(settings, [inner], mesh, meta_train.first_learned(settings))
     state = init()
     before = jax.device_get(state)
     state, metrics = jax.device_get(meta_step(state, meta_train.replicate(split, mesh)))

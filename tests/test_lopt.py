@@ -1,16 +1,19 @@
 """The optimizers against the numbers of the reference implementations, and their interface."""
 
 import functools
+import io
 import json
+import zipfile
+from typing import NamedTuple
 
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN_DIR, side_by_side
 
 import lopt
+import mup
 
 
 def tree(data, prefix):
@@ -24,13 +27,20 @@ def steps(data, prefix):
                 and name.split("/")[0][len(prefix):].isdigit()})
 
 
+def set_chunk(monkeypatch, chunk):
+    """Makes the fast path take so many weights at once; None leaves it as it is."""
+    if chunk is not None:
+        monkeypatch.setitem(lopt.CHUNK, "cpu", chunk)
+
+
 @pytest.mark.parametrize("name", ["small_fc_lopt_sp", "small_fc_lopt_mup"])
 @pytest.mark.parametrize("chunk", [None, 7])
-def test_learned_optimizer_meets_the_reference(name, chunk):
+def test_learned_optimizer_meets_the_reference(name, chunk, monkeypatch):
     """5e-6 absolute: the reference's own float32 rounding is up to 3.2e-6 (float64 meets it to 5e-7)."""
+    set_chunk(monkeypatch, chunk)
     data = np.load(GOLDEN_DIR / f"{name}.npz", allow_pickle=False)
-    optimizer = lopt.learned_optimizer(tree(data, "theta"), step_mult=data["step_mult"], exp_mult=data["exp_mult"],
-                                       update_multipliers=tree(data, "update_scale"), chunk=chunk)
+    learned = lopt.Learned(tree(data, "theta"), data["step_mult"], data["exp_mult"])
+    optimizer = lopt.learned_optimizer(learned, tree(data, "update_scale"))
     params = tree(data, "params0")
     state, update = optimizer.init(params), jax.jit(optimizer.update)
     total = steps(data, "grads")
@@ -44,13 +54,13 @@ def test_learned_optimizer_meets_the_reference(name, chunk):
 
 def test_gradient_multiplier_is_of_the_gradients():
     """Updates and averages are those of gradients that are as much larger; the μP multipliers are not touched."""
-    tree, theta = {"w": jnp.full((3, 2), 0.5), "b": jnp.full(2, 0.1)}, lopt.init_theta(jax.random.key(0))
+    tree = {"w": jnp.full((3, 2), 0.5), "b": jnp.full(2, 0.1)}
+    learned = lopt.Learned(lopt.init_theta(jax.random.key(0)), step_mult=0.01)
     grads = {"w": jnp.arange(6.0).reshape(3, 2) / 100, "b": jnp.asarray([0.02, jnp.nan])}
-    make = functools.partial(lopt.learned_optimizer, theta, step_mult=0.01, update_multipliers={"w": 0.25, "b": 1.0})
+    make = lambda *multiplier: lopt.learned_optimizer(learned, {"w": 0.25, "b": 1.0}, *multiplier)
     (plain, _), (same, state), (expected, averages) = [
         jax.jit(optimizer.update)(g, optimizer.init(tree), tree) for optimizer, g in (
-            (make(), grads), (make(gradient_multiplier=8.0), grads),
-            (make(), jax.tree.map(lambda g: 8.0 * g, grads)))]
+            (make(), grads), (make(8.0), grads), (make(), jax.tree.map(lambda g: 8.0 * g, grads)))]
     jax.tree.map(np.testing.assert_array_equal, (same, state), (expected, averages))  # 8 is a power of 2: no rounding
     assert np.max(np.abs(plain["w"] - same["w"])) > 1e-3 * np.max(np.abs(same["w"]))
 
@@ -87,11 +97,23 @@ def normal(seed):
     return lambda shape, scale=1.0: jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)
 
 
-def some_theta(seed=0):
+def some_theta(seed=0, hidden=32):
     """A θ whose every array, decay offsets included, matters."""
-    theta, draw = jax.jit(lopt.init_theta)(jax.random.key(seed)), normal(seed)
-    spread = lambda name: 0.3 if name[0] == "b" else 0.03 if name.endswith("decays") else 0.0
-    return {name: x + draw(x.shape, spread(name)) for name, x in theta.items()}
+    return spread(jax.jit(lopt.init_theta, static_argnums=1)(jax.random.key(seed), hidden), seed)
+
+
+def spread(theta, seed=0):
+    """θ with biases and offsets of the decays that are not 0."""
+    draw, scale = normal(seed), lambda name: 0.3 if name[0] == "b" else 0.03 if name.endswith("decays") else 0.0
+    return {name: x + draw(x.shape, scale(name)) for name, x in theta.items()}
+
+
+def some_mlp(*sizes):
+    """As `some_theta`, with an MLP of these layers."""
+    theta, draw = {name: x for name, x in some_theta().items() if name.endswith("decays")}, normal(len(sizes))
+    for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:])):
+        theta |= {f"w{i}": draw((fan_in, fan_out), fan_in ** -0.5), f"b{i}": draw((fan_out,), 0.3)}
+    return theta
 
 
 def some_params(seed=1):
@@ -140,10 +162,11 @@ def by_definition(theta, shape, grads, p, step_mult, exp_mult):
     return after
 
 
-def test_updates_follow_the_definition():
+def test_updates_follow_the_definition(monkeypatch):
     """The fast path, in chunks that do not divide, against all 39 features in float64; gradients 1 to 1e-4."""
+    set_chunk(monkeypatch, 20)
     theta, step_mult, exp_mult = some_theta(), 0.05, 0.1
-    optimizer = lopt.learned_optimizer(theta, step_mult=step_mult, exp_mult=exp_mult, chunk=20)
+    optimizer = lopt.learned_optimizer(lopt.Learned(theta, step_mult, exp_mult))
 
     def check(name):
         shape, draw = SHAPES[name], normal(len(name))
@@ -157,31 +180,94 @@ def test_updates_follow_the_definition():
     side_by_side(check, SHAPES)
 
 
-def test_the_features_that_are_shown_are_those_that_are_used():
-    theta, draw = some_theta(), normal(3)
-    shapes = [(1, 8, 6), (2, 5, 7), (9,)]  # as they are seen: [O, A, B] and [n]
+AXES = [(8, 6), (2, 5, 7), (9,), (), (3, 3, 4, 8)]
+
+
+def meets_the_plain_update(learned, shapes=AXES, steps=3):
+    """The updates of a few steps of the optimizer are those of `plain_update`: (state, gradients, params, updates)."""
+    draw = normal(3)
     params = [draw(shape) for shape in shapes]
-    optimizer = lopt.learned_optimizer(theta, step_mult=0.1)
-    state, update, show = optimizer.init(params), jax.jit(optimizer.update), jax.jit(lopt.features)
-    assert len(lopt.FEATURE_NAMES) == 39
-    for t in range(3):
+    optimizer = lopt.learned_optimizer(learned)
+    init, update = jax.jit(optimizer.init), jax.jit(optimizer.update)
+    plain = jax.jit(lambda averages, grads, params, t: [
+        lopt.plain_update(learned, lopt.statistics(*tensor), t) for tensor in zip(averages, grads, params)])
+    state = init(params)
+    for t in range(steps):
         grads = [draw(shape) for shape in shapes]
         updates, state = update(grads, state, params)
-        for averages, g, p, ours in zip(state.averages, grads, params, updates):
-            x = np.asarray(show(averages, g, p, t))
-            assert x.shape == (39, *g.shape)
-            hidden = np.maximum(np.moveaxis(x, 0, -1) @ theta["w0"] + theta["b0"], 0.0)
-            out = np.maximum(hidden @ theta["w1"] + theta["b1"], 0.0) @ theta["w2"] + theta["b2"]
-            np.testing.assert_allclose(ours, -0.1 * out[..., 0] * np.exp(0.001 * out[..., 1]), rtol=0, atol=1e-6)
-        params = lopt.apply_updates(params, updates)
+        for ours, expected in zip(updates, plain(state.averages, grads, params, t)):
+            np.testing.assert_allclose(ours, -expected, rtol=0, atol=1e-6, err_msg=f"{ours.shape}, step {t}")
+            assert np.any(ours)
+        before, params = params, lopt.apply_updates(params, updates)
+    return state, grads, before, updates
 
 
-def test_the_chunk_does_not_matter():
-    theta, draw = some_theta(), normal(4)
+def test_the_features_that_are_shown_are_those_that_are_used(monkeypatch):
+    set_chunk(monkeypatch, 20)
+    learned = lopt.Learned(some_theta(), step_mult=0.1)
+    state, grads, params, updates = meets_the_plain_update(learned)
+    t, theta = int(state.step) - 1, {name: np.asarray(x) for name, x in learned.theta.items()}
+    rms_of_1 = lambda x: x / np.sqrt(1e-5 + np.mean(x**2, axis=tuple(range(1, x.ndim)), keepdims=True))
+    assert lopt.feature_count() == 39
+    show = lambda *tensor: lopt.features(lopt.statistics(*tensor), t)
+    normalised = [f.normalised for f in show(state.averages[2], grads[2], params[2])]
+    values = jax.jit(lambda *tensors: [[f.values for f in show(*tensor)] for tensor in zip(*tensors)])
+    for g, shown, ours in zip(grads, values(state.averages, grads, params), updates):
+        shown = [rms_of_1(x) if divided else x for x, divided in zip(map(np.asarray, shown), normalised)]
+        x = np.concatenate([np.broadcast_to(x, (len(x), *g.shape)) for x in shown])
+        assert x.shape == (39, *g.shape)
+        hidden = np.maximum(np.moveaxis(x, 0, -1) @ theta["w0"] + theta["b0"], 0.0)
+        out = np.maximum(hidden @ theta["w1"] + theta["b1"], 0.0) @ theta["w2"] + theta["b2"]
+        np.testing.assert_allclose(ours, -0.1 * out[..., 0] * np.exp(0.001 * out[..., 1]), rtol=0, atol=1e-6)
+
+
+MLPS = [(39, 12, 7, 6, 2), (39, 17, 17, 2)]
+
+
+def test_mlps_of_any_width_and_depth(monkeypatch, tmp_path):
+    """They give the plain update, and survive a file; `test_features_may_be_added` has another width on all axes."""
+    set_chunk(monkeypatch, 20)
+
+    def check(sizes, shapes):
+        learned = lopt.Learned(some_mlp(*sizes), step_mult=0.1)
+        meets_the_plain_update(learned, shapes)
+        path = tmp_path / f"{len(sizes)}.npz"
+        lopt.save(path, learned)
+        loaded = lopt.load(path)
+        assert loaded.theta.keys() == learned.theta.keys() and loaded[1:] == learned[1:]
+        jax.tree.map(np.testing.assert_array_equal, loaded.theta, learned.theta)
+
+    side_by_side(check, MLPS, (AXES, AXES[:1]))
+
+
+def test_features_may_be_added(monkeypatch):
+    """Those that vary per weight, per row or per column, normalised or not, train as the plain update says."""
+    set_chunk(monkeypatch, 20)
+    paper = lopt.features
+
+    def features(tensor, t):
+        first, *rest = paper(tensor, t)
+        return [lopt.Feature("tanh g", jnp.tanh(tensor.g)[None], normalised=False), first,
+                lopt.Feature("log r", jnp.log(tensor.r + 1e-8)), *rest,
+                lopt.Feature("tanh c", jnp.tanh(tensor.c[:1]), normalised=False),
+                lopt.Feature("p m", tensor.p * tensor.m[:2])]
+
+    monkeypatch.setattr(lopt, "features", features)
+    theta = spread(lopt.init_theta(jax.random.key(0), 16))
+    assert theta["w0"].shape == (39 + 1 + 3 + 1 + 2, 16)
+    learned = lopt.Learned(theta, step_mult=0.1)
+    meets_the_plain_update(learned)
+    with pytest.raises(ValueError, match="no θ of small_fc_lopt with 46 features: 'w0'"):
+        lopt.learned_optimizer(lopt.Learned(some_mlp(*MLPS[1]), step_mult=0.1))
+
+
+def test_the_chunk_does_not_matter(monkeypatch):
+    learned, draw = lopt.Learned(some_theta(), step_mult=0.1), normal(4)
     params, grads = draw((37, 50)), draw((37, 50))
     results = []
     for chunk in (1, 333, 2**20):
-        optimizer = lopt.learned_optimizer(theta, step_mult=0.1, chunk=chunk)
+        set_chunk(monkeypatch, chunk)
+        optimizer = lopt.learned_optimizer(learned)
         results.append(jax.jit(optimizer.update)(grads, optimizer.init(params), params)[0])
     for other in results[1:]:
         np.testing.assert_allclose(other, results[0], rtol=0, atol=1e-6)
@@ -191,11 +277,12 @@ def test_the_chunk_does_not_matter():
 # The interface
 
 
-OPTIMIZERS = {"learned": lambda **options: lopt.learned_optimizer(some_theta(), step_mult=0.1, **options),
+OPTIMIZERS = {"learned": lambda **options: lopt.learned_optimizer(lopt.Learned(some_theta(), step_mult=0.1), **options),
               "adamw": lambda **options: lopt.adamw(0.1, weight_decay=0.01, **options)}
+both_optimizers = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
 
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@both_optimizers
 def test_any_tree_and_any_transformation(make):
     """optax's convention: pure functions of pytrees that jit, scan and vmap."""
     optimizer = make()
@@ -231,7 +318,7 @@ def test_any_tree_and_any_transformation(make):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=0, atol=2e-5), scanned, stepped)
 
 
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@both_optimizers
 def test_update_multipliers_multiply_updates_only(make):
     params, grads = some_params()
     multipliers = jax.tree.unflatten(jax.tree.structure(params), [0.0, 1.0, 0.25, 2.0, 1 / 3])
@@ -240,6 +327,144 @@ def test_update_multipliers_multiply_updates_only(make):
     (a, state_a), (b, state_b) = both(grads[0], params)
     jax.tree.map(lambda x, y, c: np.testing.assert_allclose(y, c * x, rtol=1e-5, atol=1e-8), a, b, multipliers)
     jax.tree.map(np.testing.assert_array_equal, state_a, state_b)
+
+
+@both_optimizers
+def test_the_loss_is_taken_and_the_planned_steps_too(make):
+    """Every optimizer may be told the loss; ours do not use it, nor does small_fc_lopt the number of steps."""
+    params, grads = {"w": jnp.ones((3, 2))}, {"w": jnp.full((3, 2), 0.5)}
+
+    @jax.jit
+    def updates(value, num_steps):
+        optimizer = make(num_steps=num_steps) if make is OPTIMIZERS["learned"] else make()
+        state = optimizer.init(params)
+        return optimizer.update(grads, state, params, value=value), optimizer.update(grads, state, params)
+
+    told, untold = updates(jnp.float32(2.5), jnp.int32(10))
+    jax.tree.map(np.testing.assert_array_equal, (told, untold), updates(jnp.float32(1.5), jnp.int32(99)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), told, untold)
+    assert np.any(told[0]["w"])
+
+
+class Masked(NamedTuple):
+    """Stands where a mask has left params out: no leaf, as optax.MaskedNode."""
+
+
+@both_optimizers
+def test_multipliers_may_be_one_number_a_prefix_or_more_than_the_params(make):
+    params = {"a": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, "list": [jnp.ones(()), jnp.ones(4)]}
+    grads = jax.tree.map(lambda p: np.linspace(0.5, 1.0, p.size, dtype=np.float32).reshape(p.shape), params)
+
+    def update(multipliers, params=params, grads=grads):
+        optimizer = make(update_multipliers=multipliers)
+        return optimizer.update(grads, optimizer.init(params), params)[0]
+
+    cases = ((jnp.float32(0.5), [0.5] * 4), ({"a": 0.25, "list": [2.0, 0.0]}, [0.25, 0.25, 2.0, 0.0]),
+             ({"a": {"w": 3.0, "b": 0.5}, "list": 1 / 3}, [0.5, 3.0, 1 / 3, 1 / 3]))
+    plain, scaled = jax.jit(lambda: (update(1.0), [update(multipliers) for multipliers, _ in cases]))()
+    for (_, of_each), ours in zip(cases, scaled):
+        jax.tree.map(lambda x, y, c: np.testing.assert_allclose(y, c * x, rtol=1e-5), plain, ours,
+                     jax.tree.unflatten(jax.tree.structure(params), of_each))
+
+    left_out = lambda tree: {"a": {"w": tree["a"]["w"], "b": Masked()}, "list": Masked()}
+    masked = jax.jit(lambda: [update(multipliers, left_out(params), left_out(grads)) for multipliers in (
+        {"a": {"w": 0.5, "b": 9.0}, "list": [9.0, 9.0]}, {"a": {"w": 0.5, "b": Masked()}, "list": Masked()},
+        {"a": 0.5, "list": 9.0})])()
+    assert len(masked) == 3
+    for ours in masked:
+        assert jax.tree.structure(ours) == jax.tree.structure(left_out(params))
+        np.testing.assert_allclose(ours["a"]["w"], 0.5 * plain["a"]["w"], rtol=1e-5)
+
+    for multipliers in ({"a": 1.0}, {"a": {"w": 1.0}, "list": 1.0}, {"a": 1.0, "list": Masked()}):
+        with pytest.raises(ValueError, match="no number for the params at") as error:
+            jax.eval_shape(lambda: update(multipliers))
+        assert "\n" not in str(error.value)
+
+
+@both_optimizers
+def test_optax_takes_them(make):
+    """optax.masked and optax.multi_transform, which leave params out, and optax.chain."""
+    optax = pytest.importorskip("optax")
+    params = {"a": {"b": jnp.ones(3)}, "c": jnp.ones((2, 2))}
+    grads = jax.tree.map(lambda p: np.linspace(0.5, 1.0, p.size, dtype=np.float32).reshape(p.shape), params)
+    ours = optax.GradientTransformationExtraArgs(*make(update_multipliers={"a": {"b": 0.5}, "c": 2.0}))
+    masked = optax.masked(ours, {"a": {"b": True}, "c": False})
+    multi = optax.multi_transform({"ours": ours, "theirs": optax.sgd(1.0)}, {"a": "theirs", "c": "ours"})
+
+    @jax.jit
+    def updates():
+        return [optimizer.update(grads, optimizer.init(params), params, value=1.0)[0]
+                for optimizer in (ours, masked, multi, optax.chain(ours, optax.scale(2.0)))]
+
+    expected, masked, multi, chained = updates()
+    close = lambda a, b: jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), a, b)
+    close(masked, {"a": expected["a"], "c": grads["c"]})
+    close(multi, {"a": jax.tree.map(jnp.negative, grads["a"]), "c": expected["c"]})
+    close(chained, jax.tree.map(lambda u: 2.0 * u, expected))
+
+
+TYPES = [("bfloat16", "bfloat16", 0.05), ("float16", "float16", 0.01), ("float32", "bfloat16", 0.05),
+         ("float64", "float64", 1e-5), ("int32", "float32", None)]
+
+
+@both_optimizers
+@pytest.mark.parametrize("of_params, of_grads, tolerance", TYPES, ids=[" ".join(x[:2]) for x in TYPES])
+def test_params_of_any_type(make, of_params, of_grads, tolerance):
+    """Updates have the params' type and the state is float32 (float64 for float64); a scan keeps its carry's types."""
+    with jax.enable_x64(of_params == "float64"):
+        (params, state), updates = three_steps(make, of_params, of_grads)
+    step, *averages = jax.tree.leaves(state)
+    assert step.dtype == np.int32 and {x.dtype.name for x in averages} == {
+        "float64" if of_params == "float64" else "float32"}
+    assert {x.dtype.name for x in params.values()} == {of_params}
+    assert {x.dtype.name for x in updates.values()} == {"float32" if of_params == "int32" else of_params}
+    assert all(np.all(np.isfinite(np.asarray(x, np.float64))) and np.any(x) for x in updates.values())
+    if tolerance:
+        (expected, _), _ = three_steps(make, "float32", "float32")
+        for name in params:
+            np.testing.assert_allclose(np.asarray(params[name], np.float64), expected[name], rtol=0, atol=tolerance)
+
+
+@functools.cache
+def three_steps(make, of_params, of_grads):
+    """((params, state), updates) of three steps in a scan, with params and gradients of those types."""
+    optimizer, draw = make(), normal(2)
+    params = {"w": draw((4, 3))}
+    grads = {name: jnp.stack([draw(x.shape) for _ in range(3)]).astype(of_grads) for name, x in params.items()}
+    params = {name: jnp.asarray(10 * x if of_params == "int32" else x, of_params) for name, x in params.items()}
+
+    def step(carry, g):
+        updates, state = optimizer.update(g, carry[1], carry[0])
+        return (lopt.apply_updates(carry[0], updates), state), updates
+
+    return jax.jit(lambda p, g: jax.lax.scan(step, (p, optimizer.init(p)), g))(params, grads)
+
+
+@both_optimizers
+def test_params_of_any_shape(make):
+    """Empty tensors, too: they have nothing to move and spoil nothing."""
+    shapes = [(0, 10), (10, 0), (0, 3, 3), (), (1,), (0,)]
+    optimizer, params = make(), [jnp.ones(shape) for shape in shapes]
+
+    @jax.jit
+    def two_steps(params):
+        state = optimizer.init(params)
+        for _ in range(2):
+            updates, state = optimizer.update([0.5 * p for p in params], state, params)
+            params = lopt.apply_updates(params, updates)
+        return params, state
+
+    moved, state = two_steps(params)
+    assert [x.shape for x in moved] == shapes and all(np.all(np.isfinite(x)) for x in moved)
+    assert moved[3] != 1.0 and moved[4][0] != 1.0
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, optimizer.init(params))
+
+
+@both_optimizers
+def test_complex_params_are_refused(make):
+    with pytest.raises(ValueError, match="complex") as error:
+        make().init({"w": jnp.ones((2, 3), jnp.complex64)})
+    assert "\n" not in str(error.value) and "[2, 3]" in str(error.value)
 
 
 def test_gradients_that_are_not_finite_count_as_zero():
@@ -253,21 +478,31 @@ def test_gradients_that_are_not_finite_count_as_zero():
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("change", [
-    lambda theta: theta.pop("w1"), lambda theta: theta.update(extra=jnp.zeros(3)),
-    lambda theta: theta.update(w0=jnp.zeros((38, 32))), lambda theta: theta.update(rms_decays=jnp.zeros(()))])
-def test_a_wrong_theta_is_refused(change):
+@pytest.mark.parametrize("change, culprit", [
+    (lambda theta: theta.pop("w1"), "w1"), (lambda theta: theta.update(extra=jnp.zeros(3)), "extra"),
+    (lambda theta: theta.update(w0=jnp.zeros((38, 32))), "w0"),
+    (lambda theta: theta.update(rms_decays=jnp.zeros(())), "rms_decays"),
+    (lambda theta: theta.update(w1=jnp.zeros((32, 31))), "w1"), (lambda theta: theta.pop("b1"), "b1"),
+    (lambda theta: theta.update(w3=jnp.zeros((2, 2)), b3=jnp.zeros(3)), "b3"),
+    (lambda theta: [theta.pop(name) for name in ("w0", "b0", "w1", "b1", "w2", "b2")], "b0"),
+    (lambda theta: [theta.pop(name) for name in ("w1", "b1", "w2", "b2")], "b0")])
+def test_a_wrong_theta_is_refused(change, culprit):
     theta = some_theta()
     change(theta)
-    with pytest.raises(ValueError, match="theta has not the arrays of small_fc_lopt") as error:
-        lopt.learned_optimizer(theta, step_mult=0.1)
+    with pytest.raises(ValueError, match=f"this is no θ of small_fc_lopt with 39 features: '{culprit}'") as error:
+        lopt.learned_optimizer(lopt.Learned(theta, step_mult=0.1))
     assert "\n" not in str(error.value)
 
 
-def test_init_theta():
-    theta = lopt.init_theta(jax.random.key(0))
-    assert {name: x.shape for name, x in theta.items()} == lopt.THETA_SHAPES
+@pytest.mark.parametrize("hidden", [32, 48])
+def test_init_theta(hidden):
+    init = jax.jit(lopt.init_theta, static_argnums=1)
+    theta = init(jax.random.key(0)) if hidden == 32 else init(jax.random.key(0), hidden)
+    assert {name: x.shape for name, x in theta.items()} == {
+        "momentum_decays": (3,), "rms_decays": (1,), "adafactor_decays": (3,), "w0": (39, hidden), "b0": (hidden,),
+        "w1": (hidden, hidden), "b1": (hidden,), "w2": (hidden, 2), "b2": (2,)}
     for name, x in theta.items():
+        assert x.dtype == jnp.float32
         if name[0] == "w":
             assert float(jnp.std(x)) == pytest.approx(0.88 / np.sqrt(len(x)), rel=0.15)
             assert float(jnp.max(jnp.abs(x))) <= 2 / np.sqrt(len(x))
@@ -275,16 +510,11 @@ def test_init_theta():
             assert not np.any(x), name
 
 
-def test_theta_is_one_vector_and_back():
-    theta = some_theta()
-    vector, _ = jax.flatten_util.ravel_pytree(theta)
-    back = lopt.theta_from_vector(vector)
-    assert {name: x.shape for name, x in back.items()} == lopt.THETA_SHAPES
-    jax.tree.map(np.testing.assert_array_equal, back, theta)
-
-
 def test_fresh_decays_are_the_usual_ones():
-    np.testing.assert_allclose(lopt.decays((0.9, 0.99, 0.999), jnp.zeros(3)), [0.9, 0.99, 0.999], atol=1e-6)
+    momentum, rms, adafactor = lopt.trained_decays(lopt.init_theta(jax.random.key(0)))
+    np.testing.assert_allclose(momentum, [0.9, 0.99, 0.999], atol=1e-6)
+    np.testing.assert_allclose(rms, 0.999, atol=1e-6)
+    np.testing.assert_allclose(adafactor, [0.9, 0.99, 0.999], atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -337,34 +567,54 @@ def test_clip_by_global_norm():
 
 
 # ---------------------------------------------------------------------------------------------------------
-# θ on disk
+# Learned optimizers on disk
 
-METADATA = {"step_mult": 0.01, "exp_mult": 0.001, "parametrization": "mup", "meta_steps": 1000, "widths": [32]}
+METADATA = {"architecture": "small_fc_lopt", "step_mult": 0.01, "exp_mult": 0.001, "parametrization": "mup",
+            "meta_steps": 1000, "widths": [32]}
 
 
-def theta_arrays():
+def some_learned():
+    """A learned optimizer whose file holds other numbers than the defaults."""
+    return lopt.Learned(some_theta(), 0.01, 0.002, mup.Parametrization("mup", 2.0, 16.0, 0.5, 128),
+                        made={"meta_steps": 1000, "widths": [32], "settings": {"seed": 3}})
+
+
+def is_the_same(a, b):
+    assert a[1:] == b[1:] and a.theta.keys() == b.theta.keys()
+    jax.tree.map(np.testing.assert_array_equal, a.theta, b.theta)
+
+
+def theta_arrays(hidden=32):
     """What a θ file holds, to be spoilt."""
-    return {**{name: np.asarray(x) for name, x in some_theta().items()},
+    return {**{name: np.asarray(x) for name, x in some_theta(hidden=hidden).items()},
             "metadata": np.frombuffer(json.dumps(METADATA).encode(), np.uint8)}
 
 
 def test_theta_returns_from_disk(tmp_path):
-    theta = some_theta()
-    lopt.save_theta(tmp_path / "theta.npz", theta, **METADATA)
-    loaded, metadata = lopt.load_theta(str(tmp_path / "theta.npz"))
-    assert metadata == METADATA and set(loaded) == set(theta)
-    jax.tree.map(np.testing.assert_array_equal, loaded, theta)
-    assert [path.name for path in tmp_path.iterdir()] == ["theta.npz"]
-    lopt.learned_optimizer(loaded, step_mult=metadata["step_mult"])
+    for learned in (some_learned(), lopt.Learned(some_theta(), 0.01), some_learned()._replace(parametrization=mup.SP)):
+        lopt.save(tmp_path / "theta.npz", learned)
+        loaded = lopt.load(str(tmp_path / "theta.npz"))
+        is_the_same(loaded, learned)
+        assert [path.name for path in tmp_path.iterdir()] == ["theta.npz"]
+        lopt.learned_optimizer(loaded)
+
+
+def test_files_from_before_there_were_multipliers_load(tmp_path):
+    """And those without an architecture, which are of small_fc_lopt; integers are numbers, too."""
+    metadata = {"parametrization": "mup", "output_mult": 16.0, "step_mult": 1, "exp_mult": 0.001, "meta_steps": 7}
+    arrays = theta_arrays() | {"metadata": np.frombuffer(json.dumps(metadata).encode(), np.uint8)}
+    np.savez_compressed(tmp_path / "theta.npz", **arrays)
+    learned = lopt.load(tmp_path / "theta.npz")
+    assert learned[1:] == (1, 0.001, mup.Parametrization("mup", 1.0, 16.0, 1.0, 0), "small_fc_lopt", {"meta_steps": 7})
 
 
 def test_saving_replaces_the_file_whole(tmp_path):
     path = tmp_path / "theta.npz"
     path.write_bytes(b"older")
-    lopt.save_theta(path, some_theta(), **METADATA)
-    assert lopt.load_theta(path)[1] == METADATA
+    lopt.save(path, some_learned())
+    is_the_same(lopt.load(path), some_learned())
     with pytest.raises(ValueError, match="nowhere"):
-        lopt.save_theta(tmp_path / "nowhere" / "theta.npz", some_theta(), **METADATA)
+        lopt.save(tmp_path / "nowhere" / "theta.npz", some_learned())
 
 
 def with_metadata(**changes):
@@ -404,18 +654,23 @@ SPOILT = {
     "no parametrization": (with_metadata(parametrization=None), "parametrization"),
     "unknown parametrization": (with_metadata(parametrization="ntk"), "parametrization"),
     "a parametrization that is a list": (with_metadata(parametrization=["mup"]), "parametrization"),
+    "another architecture": (with_metadata(architecture="velo"), "velo"),
     "a step_mult that is a word": (with_metadata(step_mult="big"), "metadata"),
-    "a step_mult that is not finite": (with_metadata(step_mult=float("nan")), "finite"),
-    "a negative base width": (with_metadata(base_width=-1), "base width"),
-    "a base width that is infinite": (with_metadata(base_width=float("inf")), "base width"),
+    "a step_mult that is a number in words": (with_metadata(step_mult="0.003"), "(step_mult is '0.003', and must be"),
+    "a step_mult that is true": (with_metadata(step_mult=True), "(step_mult is True, and must be"),
+    "an exp_mult that is a list": (with_metadata(exp_mult=[0.001]), "(exp_mult is [0.001]"),
+    "an output_mult that is a word": (with_metadata(output_mult="1.0"), "(output_mult is '1.0'"),
+    "a step_mult that is not finite": (with_metadata(step_mult=float("nan")), "is nan, and must be a finite"),
+    "a negative base width": (with_metadata(base_width=-1), "base width -1"),
+    "a base width that is infinite": (with_metadata(base_width=float("inf")), "(base_width is inf"),
     "a step_mult that is no float": (with_metadata(step_mult=10**400), "metadata"),
 }
 
 
 def refuse(path, culprit):
-    """load_theta says in one line that names the file what is wrong with it."""
+    """lopt.load says in one line that names the file what is wrong with it."""
     with pytest.raises(ValueError) as error:
-        lopt.load_theta(path)
+        lopt.load(path)
     message = str(error.value)
     assert str(path) in message and culprit in message and "\n" not in message, message
 
@@ -442,21 +697,54 @@ def test_a_file_of_another_kind_is_refused(tmp_path, content):
 
 def test_truncated_and_damaged_files_are_refused_or_read_right(tmp_path):
     """Never a traceback of another kind, and never another θ."""
-    path, theta = tmp_path / "theta.npz", some_theta()
-    lopt.save_theta(path, theta, **METADATA)
+    path, learned = tmp_path / "theta.npz", some_learned()
+    lopt.save(path, learned)
     content, rng = path.read_bytes(), np.random.default_rng(0)
     for length in rng.integers(0, len(content), 40):
         path.write_bytes(content[:length])
         refuse(path, "")
     for place in rng.integers(0, len(content), 300):
         path.write_bytes(content[:place] + bytes([content[place] ^ rng.integers(1, 256)]) + content[place + 1:])
-        try:
-            loaded, metadata = lopt.load_theta(path)
-        except ValueError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
-        else:
-            assert metadata == METADATA
-            jax.tree.map(np.testing.assert_array_equal, loaded, theta)
+        refused_or_the_same(path, learned)
+
+
+def refused_or_the_same(path, learned):
+    """Whether a file is refused, in one line that names it; if it is read, it holds that learned optimizer."""
+    try:
+        loaded = lopt.load(path)
+    except ValueError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+        return True
+    is_the_same(loaded, learned)
+    return False
+
+
+@pytest.mark.parametrize("name", ["w0", "metadata"])
+@pytest.mark.filterwarnings("ignore")  # NumPy's, of headers that it finds odd
+def test_every_flipped_bit_of_a_header_is_noticed(tmp_path, name):
+    """The header of an array in the file, whose checksum is right."""
+    arrays, members = theta_arrays(hidden=3), {}
+    for key, x in arrays.items():
+        np.save(file := io.BytesIO(), x)
+        members[key] = file.getvalue()
+    path = tmp_path / "theta.npz"
+
+    def write(changed):
+        with zipfile.ZipFile(path, "w") as archive:
+            for key, content in (members | {name: changed}).items():
+                archive.writestr(f"{key}.npy", content)
+
+    content = members[name]
+    write(content)
+    learned, header = lopt.load(path), len(content) - arrays[name].nbytes
+    assert header % 64 == 0
+    refused = 0
+    for bit in range(8 * header):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        write(bytes(flipped))
+        refused += refused_or_the_same(path, learned)
+    assert refused > 8 * 50, "the magic number, the version, the length and the dictionary"
 
 
 def test_missing_files_and_folders_are_refused(tmp_path):

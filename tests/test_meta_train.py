@@ -1,6 +1,8 @@
 """The meta-step on one and on many devices, and whole runs of the command line, by one process and by two."""
 
+import dataclasses
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -15,13 +17,14 @@ import pytest
 from conftest import ROOT, side_by_side
 from jax.sharding import Mesh
 
+import evaluate
 import lopt
 import meta_train
 import mup
 import tasks
 
 SETTINGS = meta_train.Settings(widths=(8,), depth=1, batch_size=8, pairs=8, truncation=5, min_length=10, max_length=20,
-                               meta_steps=20, warmup_steps=2)
+                               meta_steps=20, warmup_steps=2, hidden=16)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +39,8 @@ def meta_train_on(devices, dataset, settings=SETTINGS, steps=20):
     """θ, the metrics and the last state after some meta-steps on the first so many devices."""
     mesh = Mesh(np.array(jax.devices()[:devices]), ("pairs",))
     parametrization = mup.Parametrization(settings.parametrization)
-    inner = [meta_train.make_task(settings, dataset, w, settings.depth, parametrization) for w in settings.widths]
-    init, meta_step = meta_train.make_functions(settings, inner, mesh)
+    inner = [tasks.task_of(settings, dataset, w, settings.depth, parametrization) for w in settings.widths]
+    init, meta_step = meta_train.make_meta_step(settings, inner, mesh, meta_train.first_learned(settings))
     state, split, rows = init(), meta_train.replicate(dataset.train, mesh), []
     for _ in range(steps):
         state, metrics = meta_step(state, split)
@@ -54,7 +57,7 @@ def relative(a, b):
 def test_many_devices_equal_one(dataset):
     """The meta-gradient and 20 meta-steps of θ, on 8 devices and on 1. 1e-5: only sums are in another order."""
     (one, rows_one, _), (eight, rows_eight, state) = side_by_side(lambda n: meta_train_on(n, dataset), (1, 8))
-    assert len(state.pairs[0].step.sharding.device_set) == 8
+    assert len(state.pairs[0].run_step.sharding.device_set) == 8
     assert relative(eight, one) < 1e-5
     for a, b in zip(rows_eight, rows_one):
         assert abs(a.grad_norm - b.grad_norm) < 1e-5 * b.grad_norm
@@ -73,8 +76,8 @@ def test_several_tasks_are_averaged():
                                      loss=lambda x, batch: scale * jnp.sum((x - batch) ** 2))
 
     def first_metrics(inner_tasks):
-        init, meta_step = meta_train.make_functions(SETTINGS, inner_tasks,
-                                                    Mesh(np.array(jax.devices()[:1]), ("pairs",)))
+        mesh = Mesh(np.array(jax.devices()[:1]), ("pairs",))
+        init, meta_step = meta_train.make_meta_step(SETTINGS, inner_tasks, mesh, meta_train.first_learned(SETTINGS))
         return jax.device_get(meta_step(init(), ())[1])
 
     one, both = side_by_side(first_metrics, [[quadratic(1.0)], [quadratic(0.5, 2.0), quadratic(0.0)]])
@@ -90,9 +93,54 @@ def test_multipliers_of_the_presets(preset, parametrization, expected):
     settings = meta_train.Settings(**meta_train.preset_settings(preset, parametrization) |
                                    {"parametrization": parametrization})
     meta_train.check(settings)
-    name, *multipliers, base_width = meta_train.parametrization(settings)
-    assert (name, *multipliers, meta_train.step_mult(settings)) == (parametrization, *expected)
+    learned = meta_train.first_learned(settings)
+    name, *multipliers, base_width = learned.parametrization
+    assert (name, *multipliers, learned.step_mult) == (parametrization, *expected)
     assert base_width == 0  # gradients as they are
+
+
+@pytest.mark.parametrize("settings", [meta_train.Settings, meta_train.RunFlags])
+def test_help_has_every_setting(settings, monkeypatch):
+    """The flag of each field, what it is, and its default; no other flags but two."""
+    monkeypatch.setenv("COLUMNS", "100000")
+    lines = meta_train.make_parser().format_help().splitlines()
+    flags = {line.split()[0] for line in lines if line.startswith("  --")}
+    text = " ".join(" ".join(lines).split())
+    for field in dataclasses.fields(settings):
+        assert f"--{field.name.replace('_', '-')}" in flags
+        assert field.metadata["help"] and field.metadata["help"] in text
+        if field.default not in (None, False):
+            default = field.default[0] if isinstance(field.default, tuple) else field.default
+            shown = meta_train.PRESETS["laptop"].get(field.name, default)
+            assert f"{field.metadata['help']} (default: {shown}" in text
+    fields = [*dataclasses.fields(meta_train.Settings), *dataclasses.fields(meta_train.RunFlags)]
+    assert flags == {f"--{field.name.replace('_', '-')}" for field in fields} | {"--preset", "--download"}
+
+
+LOSSES = {32: (1.52, dict(zip(meta_train.RATES, (1.9, 1.57, 1.5, 1.6)))),
+          512: (1.26, dict(zip(meta_train.RATES, (1.3, 1.2, 1.32, float("inf")))))}
+
+
+@pytest.mark.parametrize("losses, widths, said, not_said", [
+    (LOSSES, (32,), ["has never seen a network wider than 32", "At width 512 θ ends 0.060 below AdamW as it was tuned",
+                     "and θ ends 0.060 above AdamW as a sweep at 512", "At width 32 θ ends 0.020 above tuned AdamW",
+                     "1.3200 (0.003)", "1.2000 (0.001)"], []),
+    (LOSSES, (32, 1024), ["At width 512 θ ends 0.060 below"], ["never seen a network wider than 32"]),
+    (LOSSES | {512: (float("inf"), LOSSES[512][1])}, (32,), ["At width 512 θ diverges, unlike AdamW"], []),
+    (LOSSES | {512: (1.26, LOSSES[512][1] | {3e-3: float("inf")})}, (32,),
+     ["At width 512 θ does not diverge, unlike AdamW as it was tuned"], [])])
+def test_the_report_says_what_was_found(losses, widths, said, not_said):
+    """Below or above, whichever it is, and what diverges."""
+    text = meta_train.report(losses, meta_train.Settings(widths=widths), 1000)
+    assert all(words in text for words in said) and not any(words in text for words in not_said)
+
+
+def test_the_next_command_is_one_of_evaluate(tmp_path):
+    settings = meta_train.Settings(task="vit", dataset="cifar10", data_dir="my data", widths=(16,), remat=True)
+    words = shlex.split(meta_train.next_command(settings, tmp_path / "theta.npz"))
+    assert words[:2] == ["python", "evaluate.py"] and words[words.index("--data-dir") + 1] == "my data"
+    args = evaluate.make_parser().parse_args(words[2:])
+    assert args.widths == [16, 64, 256] and args.theta == [str(tmp_path / "theta.npz")] and args.remat
 
 
 def test_pairs_that_do_not_divide_are_refused(tmp_path):
@@ -167,10 +215,10 @@ def runs(whole_runs):
 def test_meta_training_reduces_the_meta_loss(runs):
     """θ and metrics are written, and the meta-loss falls below that of fresh networks."""
     alone, _, _ = runs
-    theta, metadata = lopt.load_theta(alone / "theta.npz")
-    assert metadata["parametrization"] == "mup" and metadata["step_mult"] == 0.01
-    assert metadata["settings"]["widths"] == [16]
-    assert mup.parametrization_of(metadata) == mup.Parametrization("mup", hidden_lr_mult=2.0)
+    learned = lopt.load(alone / "theta.npz")
+    assert learned.step_mult == 0.01 and learned.made["settings"]["widths"] == [16]
+    assert learned.parametrization == mup.Parametrization("mup", hidden_lr_mult=2.0)
+    assert learned.made["meta_steps_made"] == STEPS
     header, *rows = (alone / "metrics.csv").read_text().splitlines()
     assert header.split(",") == list(meta_train.COLUMNS)
     assert [int(row.split(",")[0]) for row in rows] == list(range(1, STEPS + 1))
@@ -187,8 +235,8 @@ def test_a_killed_process_ends_the_other(runs):
 
 def test_two_processes_equal_one(runs):
     """To the last bit, although one was killed and both resumed. One writes the metrics, both write checkpoints."""
-    (alone, _), (together, _) = (lopt.load_theta(folder / "theta.npz") for folder in runs[:2])
-    jax.tree.map(np.testing.assert_array_equal, together, alone)
+    alone, together = (lopt.load(folder / "theta.npz") for folder in runs[:2])
+    jax.tree.map(np.testing.assert_array_equal, together.theta, alone.theta)
     assert len((runs[1] / "metrics.csv").read_text().splitlines()) == STEPS + 1
     for i in range(2):
         assert (runs[1] / f"checkpoint-{STEPS:08d}-{i}-of-2.npz").is_file()

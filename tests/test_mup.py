@@ -1,5 +1,6 @@
 """The rules of μP and SP, one by one, and what they are for: changes and learning rates alike at every width."""
 
+import functools
 import pathlib
 
 import jax
@@ -9,7 +10,6 @@ import pytest
 from conftest import side_by_side
 from jax.sharding import Mesh, PartitionSpec
 
-import evaluate
 import lopt
 import mup
 import tasks
@@ -66,7 +66,17 @@ TUNED = mup.Parametrization("mup", input_mult=3.0, output_mult=5.0, hidden_lr_mu
 def test_multipliers(parametrization, kind, forward, update):
     weight = mup.Weight(kind, (64, 32) if kind != "vector" else (32,), 64)
     assert mup.forward_multiplier(weight, parametrization) == pytest.approx(forward)
-    assert mup.update_multiplier(weight, parametrization) == pytest.approx(update)
+    assert mup.update_multipliers([weight], parametrization) == [pytest.approx(update)]
+    assert mup.rule_of(weight, parametrization) == mup.rules(parametrization, 64)[kind]
+    assert mup.rules(parametrization, 64)[kind][1:] == (pytest.approx(forward), pytest.approx(update))
+
+
+@pytest.mark.parametrize("parametrization, stds", [
+    (mup.MUP, (1 / 8, 1 / 8, 0.0, 1.0)), (TUNED, (1 / 8, 1 / 8, 0.0, 1.0)), (mup.SP, (1 / 8, 1 / 8, 1 / 8, 0.0))])
+def test_the_table_has_a_row_for_every_kind(parametrization, stds):
+    """No multiplier that is tuned reaches the initialisation."""
+    table = mup.rules(parametrization, 64)
+    assert tuple(table) == mup.KINDS and tuple(rule.std for rule in table.values()) == stds
 
 
 def test_update_multipliers_is_a_tree_like_the_weights():
@@ -85,13 +95,6 @@ def test_gradient_multiplier(base_width, expected):
                "back": mup.matrix("hidden", 256, 64), "out": mup.matrix("output", 64, 10)}
     assert mup.gradient_multiplier(weights, mup.MUP._replace(base_width=base_width)) == expected
     assert mup.gradient_multiplier(weights, mup.SP._replace(base_width=base_width)) == 1.0
-
-
-def test_parametrization_of_metadata():
-    """Files from before there was a base width have none."""
-    metadata = {"parametrization": "mup", "output_mult": 16.0, "step_mult": 0.01}
-    assert mup.parametrization_of(metadata) == mup.Parametrization("mup", 1.0, 16.0, 1.0, 0)
-    assert mup.parametrization_of(metadata | {"base_width": 128}).base_width == 128
 
 
 def test_every_tensor_is_drawn_for_itself():
@@ -127,7 +130,7 @@ def test_tunable_multipliers_may_be_traced():
         tuned = mup.Parametrization("mup", multiplier, multiplier, multiplier)
         hidden = mup.linear(weights["in"], params["in"], x, tuned)
         logits = mup.linear(weights["out"], params["out"], hidden, tuned)
-        return logits, mup.update_multiplier(hidden_weight, tuned)
+        return logits, mup.update_multipliers(hidden_weight, tuned)
 
     logits, update = jax.jit(jax.vmap(forward))(jnp.asarray([1.0, 2.0]))
     np.testing.assert_allclose(logits[1], 4 * logits[0], rtol=1e-5)
@@ -141,7 +144,7 @@ def test_tunable_multipliers_may_be_traced():
     (lambda: mup.matrix("hidden", -1, 2), "positive shape and fan_in"),
     (lambda: mup.init(mup.matrix("hidden", 2, 2), KEY, mup.Parametrization("ntk")),
      "unknown parametrization 'ntk': use 'mup' or 'sp'"),
-    (lambda: mup.update_multiplier(mup.Weight("hidden", (2, 2), 2), mup.Parametrization("muP")),
+    (lambda: mup.update_multipliers([mup.Weight("hidden", (2, 2), 2)], mup.Parametrization("muP")),
      "unknown parametrization"),
     (lambda: mup.attention_scale(4, mup.Parametrization("")), "unknown parametrization"),
 ])
@@ -167,13 +170,24 @@ def on_two_devices(run, *xs):
     return jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=halves, out_specs=halves, check_vma=False))(*xs)
 
 
+def mlp(dataset, width, parametrization):
+    """The inner task of this part: an MLP of three hidden layers on the synthetic images."""
+    return tasks.make_task("mlp", dataset, width, 3, 64, parametrization)
+
+
 def slopes(dataset, parametrization, optimizer_of, widths, marks):
-    """`evaluate.coordinate_check` over 2 seeds: {layer: slope of its change against the width [marks]}."""
-    task_at = lambda width: tasks.make_task("mlp", dataset, width, 3, 64, parametrization)
-    at_width = lambda width: evaluate.coordinate_check(task_at, optimizer_of, dataset.train, [width], marks,
-                                                       jax.random.split(KEY, 2))
+    """`tasks.coordinate_check` over 2 seeds: {layer: slope of its RMS change against the width [marks]}.
+
+    optimizer_of: a function from a task to a function from the number of steps to its optimizer.
+    """
+    def at_width(width):
+        task = mlp(dataset, width, parametrization)
+        run = lambda key: tasks.coordinate_check(task, optimizer_of(task), dataset.train, key, marks)
+        squares = on_two_devices(run, jax.random.split(KEY, 2))
+        return {layer: np.sqrt(np.mean(change, axis=0)) for layer, (_, change) in squares.items()}
+
     narrow, wide = side_by_side(at_width, widths)
-    found = {name: evaluate.slope(widths, np.concatenate([narrow[name][1], wide[name][1]])) for name in narrow}
+    found = {name: tasks.slope(widths, np.stack([narrow[name], wide[name]])) for name in narrow}
     print(f"slopes after {marks} steps: " + ", ".join(f"{name} {np.round(x, 2)}" for name, x in found.items()))
     return found
 
@@ -184,7 +198,7 @@ def test_coordinate_check_of_adam(dataset):
     From step 2 on: in μP the read-out is 0 at first, so that the first step reaches no other layer.
     """
     widths, marks = (32, 512), (2, 10)
-    adam = lambda rate: lambda task: lopt.adamw(rate, update_multipliers=task.update_multipliers)
+    adam = lambda rate: lambda task: lambda _: lopt.adamw(rate, update_multipliers=task.update_multipliers)
     in_mup = slopes(dataset, mup.MUP, adam(1e-2), widths, marks)
     in_sp = slopes(dataset, mup.SP, adam(1e-3), widths, marks)
     assert all(abs(in_mup[f"layer_{i}"]).max() < 0.1 for i in range(3)), in_mup
@@ -201,18 +215,18 @@ def test_gradients_are_alike_at_every_width(dataset):
     widths = (32, 512)
 
     def sizes(width):
-        task = tasks.make_task("mlp", dataset, width, 3, 64, mup.MUP._replace(base_width=32))
+        task = mlp(dataset, width, mup.MUP._replace(base_width=32))
         adam = lopt.adamw(1e-2, update_multipliers=task.update_multipliers)
 
         def run(key):
-            params, _ = tasks.train(task, adam, dataset.train, key, 10)
+            params, _ = tasks.train(task, lambda _: adam, dataset.train, key, 10)
             return jax.tree.map(lambda g: jnp.mean(g * g), jax.grad(task.loss)(params, task.sample(key, dataset.train)))
 
         squares = jax.jit(jax.vmap(run))(jax.random.split(KEY, 2))
         rms = np.array([np.sqrt(np.mean(x)) for x in jax.tree.leaves(squares)])
         return rms, task.gradient_multiplier * rms
 
-    plain, multiplied = (evaluate.slope(widths, np.stack(x)) for x in zip(*side_by_side(sizes, widths)))
+    plain, multiplied = (tasks.slope(widths, np.stack(x)) for x in zip(*side_by_side(sizes, widths)))
     print(np.round(plain, 2), np.round(multiplied, 2))
     assert np.abs(plain + 1).max() < 0.2 and np.abs(multiplied).max() < 0.2
 
@@ -226,19 +240,11 @@ def test_transfer_of_the_best_learning_rate(dataset, name):
     steps, seeds, parametrization = 250, 2, mup.Parametrization(name)
 
     def at_width(width):
-        task = tasks.make_task("mlp", dataset, width, 3, 64, parametrization)
+        task = mlp(dataset, width, parametrization)
 
         def run(rate, key):
-            optimizer = lopt.adamw(rate, update_multipliers=task.update_multipliers)
-            params = task.init(key)
-
-            def train_step(carry, key):
-                params, state = carry
-                loss, grads = jax.value_and_grad(task.loss)(params, task.sample(key, dataset.train))
-                updates, state = optimizer.update(grads, state, params)
-                return (lopt.apply_updates(params, updates), state), loss
-
-            losses = jax.lax.scan(train_step, (params, optimizer.init(params)), jax.random.split(key, steps))[1]
+            adam = lopt.adamw(rate, update_multipliers=task.update_multipliers)
+            _, losses = tasks.train(task, lambda _: adam, dataset.train, key, steps)
             return jnp.mean(losses[-50:])
 
         rates = jnp.repeat(jnp.asarray(RATES[name]), seeds)
@@ -255,16 +261,11 @@ def test_transfer_of_the_best_learning_rate(dataset, name):
 
 
 def load(name):
-    """(parametrization, function from a task to its optimizer) of a meta-trained θ; without it the test skips."""
+    """A meta-trained learned optimizer; without its file the test skips."""
     path = ROOT / "results" / name
     if not path.exists():
         pytest.skip(f"needs the meta-trained results/{name}")
-    theta, metadata = lopt.load_theta(path)
-    optimizer_of = lambda task: lopt.learned_optimizer(theta, step_mult=metadata["step_mult"],
-                                                       exp_mult=metadata["exp_mult"],
-                                                       update_multipliers=task.update_multipliers,
-                                                       gradient_multiplier=task.gradient_multiplier)
-    return mup.parametrization_of(metadata), optimizer_of
+    return lopt.load(path)
 
 
 MARKS, WIDTHS = (1, 10, 100), (32, 512)
@@ -282,8 +283,10 @@ def test_coordinate_check_of_the_learned_optimizers(dataset):
     Widths up to 1,024, and those between: `python evaluate.py --sweep coordinate-check`.
     """
     def check(name, expected, marks):
-        parametrization, optimizer_of = load(name)
+        learned = load(name)
+        parametrization = learned.parametrization
         assert parametrization.name == expected, f"results/{name} was meta-trained in {parametrization.name}"
+        optimizer_of = lambda task: functools.partial(tasks.optimizer_for, task, learned)
         return passes(slopes(dataset, parametrization, optimizer_of, WIDTHS, marks))
 
     assert side_by_side(check, ("mulo_s.npz", "lo_s.npz"), ("mup", "sp"), (MARKS, MARKS[:2])) == [True, False]

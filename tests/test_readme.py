@@ -27,6 +27,10 @@ def test_paper_to_code_names_exist():
         assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
+def test_the_front_page_is_short():
+    assert len(README.encode()) <= 8_000
+
+
 def test_ten_lines_run(monkeypatch):
     """The training loop of the README lowers the loss of the network that it trains."""
     monkeypatch.chdir(ROOT)
