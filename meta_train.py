@@ -13,7 +13,8 @@ sharded over the local devices (one for each core of a CPU), and over all hosts 
 
 OUT/ holds theta.npz (θ, written with each checkpoint), metrics.csv (a row for each meta-step),
 meta-loss.png (where matplotlib is there) and the last two checkpoints, from which a run that was
-interrupted goes on exactly. What is random depends on the seed, the pair and the time alone.
+interrupted goes on exactly: by --resume, or by --resume-or-begin in a script that is run again and
+again. What is random depends on the seed, the pair and the time alone.
 
 Sources: μLO (arXiv 2406.00153) for the settings, PES (arXiv 2112.13835). The paper's μLO_S is
 meta-trained on inner networks of one width (--preset paper-s), its μLO_M on three (paper-m).
@@ -258,7 +259,7 @@ def make_meta_step(settings: Settings, inner_tasks: Sequence[tasks.Task], mesh: 
         return MetaState(theta, adamw.init(theta), pairs, jnp.zeros((), jnp.int32))
 
     def meta_step(state: MetaState, split: tasks.Split) -> tuple[MetaState, Metrics]:
-        # PES on each task: one truncation of each of its N pairs, and the mean of their estimates
+        # PES, on each task: its N pairs are perturbed, unrolled K steps, and give a mean estimate
         def truncation(task, keys, pairs):
             def of_pair(key, pair, theta, split, meta_step):
                 return es.truncation(inner(task), theta, pair, key, split, meta_step, pes)
@@ -819,7 +820,7 @@ def draw_meta_loss(folder: Folder) -> None:
     try:
         from matplotlib.figure import Figure
         losses = np.loadtxt(folder.metrics_path, delimiter=",", skiprows=1, usecols=1, ndmin=1)
-        window, figure, image = max(1, len(losses) // 40), Figure((6, 4)), io.BytesIO()
+        window, figure, image = max(2, len(losses) // 40), Figure((6, 4)), io.BytesIO()
         means = np.convolve(losses, np.full(window, 1 / window), "valid")
         axes = figure.subplots()
         axes.plot(np.arange(len(losses)) + 1, losses, alpha=0.3, label="each meta-step")
@@ -846,8 +847,8 @@ class RunFlags:
     out: str | None = of_run(None, "folder for θ, metrics and checkpoints (a new one in runs/ if "
                              "not given); other files in it do not matter", metavar="DIR")
     resume: bool = of_run(False, "go on from the newest checkpoint in --out, which must hold one")
-    resume_or_begin: bool = of_run(False, "go on from the newest checkpoint in --out or, if it holds "
-                                   "none, begin there: for scripts that are run repeatedly")
+    resume_or_begin: bool = of_run(False, "go on from the newest checkpoint in --out or, if it "
+                                   "holds none, begin there: for scripts that are run repeatedly")
     checkpoint_every: str = of_run("100", "meta-steps between checkpoints, or minutes as in 10m",
                                    metavar="EVERY")
     report_steps: int = of_run(1000, "inner steps of the comparison with AdamW at the end, 0 for "
@@ -868,24 +869,24 @@ def check_flags(flags: RunFlags) -> None:
     """Raises ValueError, in one line, for flags that are impossible or do not go together."""
     tasks.check(flags)
     _, unit = parse_every(flags.checkpoint_every)
-    if (flags.resume or flags.resume_or_begin) and not flags.out:
-        raise ValueError("--resume needs --out, the folder in which to go on")
     who = (flags.coordinator, flags.processes, flags.process_id)
     given = sum(flag is not None for flag in who)
-    if not flags.distributed:
-        if given:
-            raise ValueError("--coordinator, --processes and --process-id need --distributed")
-        return
-    if 0 < given < len(who):
-        raise ValueError("--coordinator, --processes and --process-id go together")
-    if not flags.out:
-        raise ValueError("--distributed needs --out, so that all processes name the same run")
-    if unit == "minutes":
-        raise ValueError("--checkpoint-every in minutes does not go with --distributed: give "
-                         "meta-steps, at which all agree")
-    if given and not 0 <= flags.process_id < flags.processes:
-        raise ValueError(f"--process-id {flags.process_id}: must be between 0 and --processes "
-                         f"{flags.processes} minus 1")
+    for wrong, why in [
+            ((flags.resume or flags.resume_or_begin) and not flags.out,
+             "--resume needs --out, the folder in which to go on"),
+            (given and not flags.distributed,
+             "--coordinator, --processes and --process-id need --distributed"),
+            (0 < given < len(who), "--coordinator, --processes and --process-id go together"),
+            (flags.distributed and not flags.out,
+             "--distributed needs --out, so that all processes name the same run"),
+            (flags.distributed and unit == "minutes",
+             "--checkpoint-every in minutes does not go with --distributed: give meta-steps, at which "
+             "all agree"),
+            (given == len(who) and not 0 <= flags.process_id < flags.processes,
+             f"--process-id {flags.process_id}: must be between 0 and --processes "
+             f"{flags.processes} minus 1")]:
+        if wrong:
+            raise ValueError(why)
 
 
 def parse_every(text: str) -> tuple[float, str]:
@@ -993,9 +994,10 @@ def run(argv: Sequence[str] | None) -> int:
         kind = "μLO" if settings.parametrization == "mup" else "SP LO"
         where = f"; going on after meta-step {checkpoint.step}" if checkpoint else \
             f"; beginning with {settings.first_theta}" if settings.first_theta else ""
-        print(f"meta-training a {kind} on {dataset.name}, widths {' '.join(map(str, settings.widths))}, "
-              f"{settings.pairs} pairs each, on {mesh.devices.size} {jax.devices()[0].platform} "
-              f"device(s); output in {folder.path}{where}", flush=True)
+        widths, platform = " ".join(map(str, settings.widths)), jax.devices()[0].platform
+        print(f"meta-training a {kind} on {dataset.name}, widths {widths}, {settings.pairs} pairs "
+              f"each, on {mesh.devices.size} {platform} device(s); output in {folder.path}{where}",
+              flush=True)
     learned, stopped = meta_train(settings, inner_tasks, replicate(dataset.train, mesh), mesh,
                                   learned, folder)
     if stopped:
