@@ -33,7 +33,6 @@ import importlib.util
 import io
 import json
 import math
-import os
 import pathlib
 import signal
 import sys
@@ -536,7 +535,7 @@ class Journal:
         self.path, self.results = path, {}
         try:
             self.file = open(path, "a+b")
-            take_lock(self.file)
+            lopt.take_lock(self.file)
             self.file.seek(0)
             whole, newline, _ = self.file.read().rpartition(b"\n")  # the last line may be cut off
             self.file.truncate(len(whole + newline))
@@ -567,7 +566,7 @@ class Journal:
         try:
             self.file.write(json.dumps(line).encode() + b"\n")
             self.file.flush()
-            os.fsync(self.file.fileno())
+            lopt.sync(self.file.fileno())
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be written ({error.strerror}); free some space, "
                              "and the same command goes on") from None
@@ -592,18 +591,6 @@ class Journal:
         self.file.close()
         if error is None or not self.results:
             self.path.unlink(missing_ok=True)
-
-
-def take_lock(file: Any) -> None:
-    """Keeps a file for this process while it is open. BlockingIOError if another one has it."""
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except (ImportError, OSError) as error:  # not on Windows, and not on every file system
-        print(f"warning: {file.name}: cannot be locked ({error}); start no other evaluation there",
-              file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -18,12 +18,14 @@ Dimensions: S the axes of one weight tensor; f of a block of features (3 where t
 features; H hidden units of the MLP.
 """
 
+import errno
 import hashlib
 import io
 import json
 import math
 import os
 import pathlib
+import sys
 import zipfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -210,8 +212,12 @@ def features(tensor: Statistics, t: Array) -> list[Feature]:
     ]
 
 
-def normalise(x: Array) -> Array:
-    """Each of the features [f, S] divided by its root mean square over the tensor: x · rsqrt(1e-5 + mean x²)."""
+def normalise(feature: Feature) -> Array:
+    """A block of features [f, S] as the MLP takes it: each divided by its root mean square over the tensor,
+    x · rsqrt(1e-5 + mean x²), unless it is not to be normalised."""
+    x = feature.values
+    if not feature.normalised:
+        return x
     return x * lax.rsqrt(1e-5 + jnp.mean(x * x, axis=tuple(range(1, x.ndim)), keepdims=True))
 
 
@@ -255,7 +261,7 @@ def mlp_update(learned: Learned, hidden: Array) -> Array:
 
 def plain_update(learned: Learned, tensor: Statistics, t: Array) -> Array:
     """The update of one tensor [S], as it is defined: all features of every weight go through the MLP."""
-    blocks = [normalise(f.values) if f.normalised else f.values for f in features(tensor, t)]
+    blocks = map(normalise, features(tensor, t))
     x = jnp.concatenate([jnp.broadcast_to(block, (len(block), *tensor.g.shape)) for block in blocks])  # [F, S]
     return mlp_update(learned, dense(learned.theta["w0"], x, learned.theta["b0"]))
 
@@ -494,7 +500,7 @@ def in_chunks(learned: Learned, tensor: Statistics, t: Array) -> Array:
     hidden_of_rows, hidden_of_all = 0.0, theta["b0"][:, None, None, None]  # [H, O, A, 1] and [H, O, 1, B]
     for where in sorted({f.values.shape[1:] for f in blocks} - {tensor.g.shape}):
         here = [j for j, f in enumerate(blocks) if f.values.shape[1:] == where]
-        x = jnp.concatenate([normalise(f.values) if f.normalised else f.values for f in map(blocks.__getitem__, here)])
+        x = jnp.concatenate([normalise(blocks[j]) for j in here])
         hidden = jnp.einsum("fh,foab->hoab", jnp.concatenate([w0[j] for j in here]), x)
         if where[1] > 1:
             hidden_of_rows = hidden_of_rows + hidden
@@ -560,10 +566,10 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
         with open(part, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(part, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
+        sync(folder)
         os.close(folder)
     except OSError as error:
         part.unlink(missing_ok=True)
@@ -572,6 +578,29 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def sync(descriptor: int) -> None:
+    """Puts a file or a folder on disk, as far as its file system can: some know no fsync, or none of folders."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES):
+            raise
+
+
+def take_lock(file: Any) -> None:
+    """Keeps a file for this process while it is open. Raises BlockingIOError where another one has it.
+
+    Where there are no locks, as on Windows and on some file systems, that is a warning.
+    """
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except (ImportError, OSError) as error:
+        print(f"warning: {file.name}: cannot be locked ({error}); let no other process write there", file=sys.stderr)
 
 
 def write_npz(path: str | os.PathLike, arrays: dict[str, Any]) -> None:
@@ -696,8 +725,7 @@ def main() -> None:
     print("Those that depend on the step t alone are not divided by their RMS.\n")
     print(f"  {'feature':20}{'shape':>12}{'RMS, 0':>11}{f'RMS, {steps - 1}':>11}{'smallest':>10}{'largest':>10}")
     for first, last in zip(features(tensors[0], 0), features(tensors[-1], steps - 1)):
-        for i, (a, b) in enumerate(zip(first.values, last.values), start=1):
-            seen = normalise(b[None])[0] if last.normalised else b
+        for i, (a, b, seen) in enumerate(zip(first.values, last.values, normalise(last)), start=1):
             name = f"{last.name}, {i}" if len(last.values) > 1 else last.name
             shape = " × ".join(map(str, b.shape))
             print(f"  {name:20}{shape:>12}{rms(a):11.4g}{rms(b):11.4g}{jnp.min(seen):10.3f}{jnp.max(seen):10.3f}")

@@ -26,7 +26,6 @@ import argparse
 import contextlib
 import csv
 import dataclasses
-import errno
 import fnmatch
 import functools
 import hashlib
@@ -371,7 +370,7 @@ class Folder:
                                  "begin a run there, leave --resume out or use --resume-or-begin")
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / f".lock-{self.process}", "w")
-            take_lock(self.lock)
+            lopt.take_lock(self.lock)
         except BlockingIOError:
             raise ValueError(f"--out {self.path}: another process is using it") from None
         except FileExistsError:
@@ -451,18 +450,6 @@ class Folder:
         text = "".join(",".join(row) + "\n" for row in [COLUMNS, *rows])
         lopt.write_atomically(self.metrics_path, text.encode())
         return open(self.metrics_path, "a", buffering=1)
-
-
-def take_lock(file: Any) -> None:
-    """Keeps a file for this process while it is open. BlockingIOError where another one has it."""
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except (ImportError, OSError) as error:  # not on Windows, and not on every file system
-        print(f"warning: {file.name}: cannot be locked ({error}); let no other process use this "
-              "folder", file=sys.stderr)
 
 
 def local_array(x: Array) -> np.ndarray:
@@ -630,11 +617,7 @@ class Run:
             self._write_row()
         if self.folder.process == 0:  # first what must be there when the checkpoint is
             self.metrics_file.flush()
-            try:
-                os.fsync(self.metrics_file.fileno())
-            except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                    raise  # but not that the file system knows no fsync
+            lopt.sync(self.metrics_file.fileno())
             learned = with_theta(self.learned, jax.device_get(self.state.theta))
             made = learned.made | {"meta_steps_made": self.step}
             lopt.save(self.folder.path / "theta.npz", learned._replace(made=made))

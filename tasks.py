@@ -950,7 +950,7 @@ def fetch(address: str, path: pathlib.Path, md5: str) -> None:
                 progress.update(len(block))
         received = progress.n
         output.flush()
-        os.fsync(output.fileno())
+        lopt.sync(output.fileno())
     if expected is not None and received < expected:
         raise ValueError(f"{address}: the connection broke off after {received:,} of {expected:,} "
                          "bytes")

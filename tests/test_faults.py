@@ -463,9 +463,7 @@ def test_a_file_system_without_fsync_is_no_full_disk(finished, tmp_path, monkeyp
     def fsync(descriptor):
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(meta_train.lopt, "write_npz", lambda path, arrays: np.savez(path, **arrays))
     monkeypatch.setattr(meta_train.os, "fsync", fsync)
-    monkeypatch.setattr(meta_train.lopt, "write_atomically", lambda path, content: path.write_bytes(content))
     assert command(*TINY, "--meta-steps", STEPS, "--out", tmp_path / "out") == 0
     assert results(tmp_path / "out") == results(finished)
 
