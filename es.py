@@ -17,6 +17,7 @@ Sources: PES (arXiv 2112.13835); μLO (arXiv 2406.00153) for the meta-loss, leng
 Dimensions: N pairs, 2 signs (θ+ε, θ−ε), K inner steps of a truncation, P numbers of θ.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -353,4 +354,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal without Greek letters
     main()

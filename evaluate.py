@@ -108,6 +108,8 @@ def load_contenders(paths: Sequence[str], baselines: Sequence[str]) -> list[Cont
     stems, contenders = [pathlib.Path(path).stem for path in paths], []
     for path, stem in zip(paths, stems):
         learned = lopt.load(path)
+        if "published" in learned.made:
+            print(f"{path}: {learned.made['published']}", file=sys.stderr)
         name = stem if stems.count(stem) == 1 else path.removesuffix(".npz")
         contenders.append(Contender(name, learned.parametrization, learned))
     return contenders + [BASELINES[name] for name in baselines]

@@ -1,6 +1,7 @@
 """Optimizers: the small MLP learned optimizer, AdamW, and learned optimizers on disk.
 
-    python lopt.py       the features of one weight matrix over a few steps, and the update they give (10 s)
+    python lopt.py                          the features of one weight matrix, and the update that they give (10 s)
+    python lopt.py convert IN OUT.npz       makes a file of ours of weights that others published (VeLO, μLO)
 
 An optimizer is a pair of pure functions, as in optax: `init(params) -> state` and
 `update(grads, state, params, *, value=None) -> (updates, state)`, applied by `params + updates` on any pytree.
@@ -11,20 +12,28 @@ network, turns them into a direction d and a log-magnitude s:
 
     update = step_mult · d · exp(exp_mult · s),      p ← p − update_multiplier · update
 
+VeLO is larger: an LSTM over a network's tensors, with the training loss and the planned number of steps among its
+inputs, chooses each tensor's step size and its MLP from a bank of them.
+
 Sources: small_fc_lopt (arXiv 2203.11860); Adafactor (arXiv 1804.04235) for the factored second moments; μLO (arXiv
-2406.00153) for the update multiplier; TP5 = "Tensor Programs V" (arXiv 2203.03466) for Adam in μP.
+2406.00153) for the update multiplier; VeLO (arXiv 2211.09760); TP5 = "Tensor Programs V" (arXiv 2203.03466) for Adam
+in μP.
 
 Dimensions: S the axes of one weight tensor; f of a block of features (3 where there is one for each decay), F of all
-features; H hidden units of the MLP.
+features; H hidden units of the MLP; of VeLO: T tensors with at least one weight, L units of the LSTM, K MLPs of the
+bank.
 """
 
+import contextlib
 import errno
+import functools
 import hashlib
 import io
 import json
 import math
 import os
 import pathlib
+import struct
 import sys
 import zipfile
 from collections.abc import Callable
@@ -34,6 +43,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.shard_alike import shard_alike
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mup
 from mup import Array, Tree
@@ -56,8 +67,12 @@ class Optimizer(NamedTuple):
 class Learned(NamedTuple):
     """A learned optimizer: what a file holds, and what `learned_optimizer` makes an optimizer of.
 
-    theta: the arrays of θ by name (`init_theta`). step_mult, exp_mult: the scales of the update. parametrization: the one
-    that θ was meta-trained in, hence needs. architecture: the rule that θ belongs to. made: how θ was meta-trained (JSON).
+    theta: the arrays of θ by name (`init_theta`). step_mult, exp_mult: the scales of the update. parametrization: the
+    one that θ was meta-trained in, hence needs. architecture: the rule that θ belongs to, small_fc_lopt or velo. made:
+    how θ was meta-trained (JSON).
+
+    Ours, and 0 in the paper: decay, the share of the params that each update also takes away, whatever the width; and
+    horizon: where it is not 0, and the planned number of steps is given, small_fc_lopt's time t runs from 0 to horizon.
     """
     theta: dict[str, Array]
     step_mult: float
@@ -65,6 +80,8 @@ class Learned(NamedTuple):
     parametrization: mup.Parametrization = mup.MUP
     architecture: str = "small_fc_lopt"
     made: dict[str, Any] = {}
+    decay: float = 0.0
+    horizon: int = 0
 
 
 def apply_updates(params: Tree, updates: Tree) -> Tree:
@@ -86,9 +103,9 @@ class Decays(NamedTuple):
 class Averages(NamedTuple):
     """The decaying averages of one weight tensor, all 0 at first and without bias correction.
 
-    m [3, S]: of the gradient. v [S]: of its square. r, c [3, S]: of its square's mean over the largest axis (r) and over
-    the second largest (c), each of which keeps that axis with length 1, so that it broadcasts against [3, S]. A tensor
-    with fewer than two axes is not factored: r, of its square itself, has all of S, and c is None.
+    m [3, S]: of the gradient. v [S]: of its square. r, c [3, S]: of its square's mean over the largest axis (r) and
+    over the second largest (c), each of which keeps that axis with length 1, so that it broadcasts against [3, S]. A
+    tensor with fewer than two axes is not factored: r, of its square itself, has all of S, and c is None.
     """
     m: Array
     v: Array
@@ -239,9 +256,14 @@ def init_theta(key: Array, hidden: int = 32) -> dict[str, Array]:
 
 
 def feature_count() -> int:
-    """How many features there are, counted on a tensor of one weight."""
+    """How many features there are."""
+    return sum(len(f.values) for f in on_one_weight(lambda tensor: features(tensor, 0)))
+
+
+def on_one_weight(features_of: Callable[[Statistics], list[Feature]]) -> list[Feature]:
+    """A list of features for a tensor of one weight, from which it is seen how many each block has."""
     one = jnp.zeros((1, 1))
-    return sum(len(f.values) for f in features(statistics(init_averages(one), one, one), 0))
+    return features_of(statistics(init_averages(one), one, one))
 
 
 def dense(w: Array, x: Array, b: Array) -> Array:
@@ -278,11 +300,15 @@ def learned_optimizer(learned: Learned, update_multipliers: Tree = 1.0, gradient
 
     update_multipliers: μP's multipliers of the updates (`mup.update_multipliers`): a tree like the params, or a prefix
     of one, or one number. gradient_multiplier: multiplies all gradients, before anything else
-    (`mup.gradient_multiplier`). num_steps: the planned number of updates, which small_fc_lopt does not use.
+    (`mup.gradient_multiplier`). num_steps: the planned number of updates, a number or traced: VeLO needs it,
+    small_fc_lopt uses it where `learned.horizon` says so.
 
     The averages are float32 and so is all arithmetic (float64 for params of float64); updates have the params' types.
-    Raises ValueError for a θ that does not fit the features, for complex params, and for params without a multiplier.
+    State and updates are sharded as the params are. Raises ValueError for a θ that does not fit its architecture, for
+    complex params, and for params without a multiplier.
     """
+    if learned.architecture == "velo":
+        return velo(learned, update_multipliers, gradient_multiplier, num_steps)
     check_theta(learned.theta)
 
     def init(params: Tree) -> LearnedOptimizerState:
@@ -290,7 +316,9 @@ def learned_optimizer(learned: Learned, update_multipliers: Tree = 1.0, gradient
 
     def update(grads: Tree, state: LearnedOptimizerState, params: Tree, *,
                value: Array | None = None) -> tuple[Tree, LearnedOptimizerState]:
-        decays = trained_decays(learned.theta)
+        decays, t = trained_decays(learned.theta), state.step
+        if learned.horizon and num_steps is not None:
+            t = t * (learned.horizon / num_steps)
 
         def of_tensor(g: Array, p: Array, averages: Averages, multiplier: float | Array):
             if jnp.size(p) == 0:
@@ -298,9 +326,10 @@ def learned_optimizer(learned: Learned, update_multipliers: Tree = 1.0, gradient
             g, p = (jnp.asarray(x, working_type(p)) for x in (g, p))
             g = gradient_multiplier * jnp.where(jnp.isfinite(g), g, 0.0)
             averages = update_averages(averages, g, decays)
-            # plain_update(learned, statistics(averages, g, p), state.step) is the same, only slower.
-            step = in_chunks(learned, statistics(averages, g, p), state.step)
-            return -multiplier * step, averages  # μP acts here: a hidden weight moves 1/fan_in as far
+            # plain_update(learned, statistics(averages, g, p), t) is the same, only slower.
+            step = in_chunks(learned, statistics(averages, g, p), t)
+            step = multiplier * step  # μP acts here: a hidden weight moves 1/fan_in as far
+            return -step - learned.decay * p, averages
 
         leaves, treedef = jax.tree.flatten(params)
         moved = [of_tensor(*x) for x in zip(treedef.flatten_up_to(grads), leaves, state.averages,
@@ -308,7 +337,251 @@ def learned_optimizer(learned: Learned, update_multipliers: Tree = 1.0, gradient
         updates = [as_type_of(p, u) for p, (u, _) in zip(leaves, moved)]
         return treedef.unflatten(updates), LearnedOptimizerState(state.step + 1, tuple(a for _, a in moved))
 
-    return Optimizer(init, update)
+    return Optimizer(init, sharded(update))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# VeLO: what its LSTM reads
+
+LOSS_MEANS = 10
+FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
+
+
+class LossMeans(NamedTuple):
+    """VeLO's memory of the training loss. means [10]: decaying averages of it, from short ones to those of the whole
+    run. lowest [10]: the lowest that each has been, after bias correction."""
+    means: Array
+    lowest: Array
+
+
+def init_losses() -> LossMeans:
+    """The memory of the loss before the first update."""
+    return LossMeans(jnp.zeros(LOSS_MEANS, jnp.float32), jnp.full(LOSS_MEANS, 999999999999.0, jnp.float32))
+
+
+def update_losses(losses: LossMeans, value: Array, t: Array, num_steps: Array) -> tuple[LossMeans, Array]:
+    """The memory after a loss, and its 9 features: how each average c_j stands to the next longer one, c_{j+1}.
+
+    c_j = means_j / (1 − d_j^(t+1)),   d_j = exp(−1/h_j), h_j from 10 to num_steps in equal ratios;
+    feature_j = clip((c_j − lowest_j) / max(1e-8, c_{j+1} − lowest_j) − 1, −1, 1), and 0 in the first two updates.
+    A loss above twice the largest average counts as that much.
+    """
+    d = jnp.exp(-1.0 / jnp.logspace(1.0, jnp.log10(num_steps), LOSS_MEANS, dtype=jnp.float32))
+    correction = 1.0 - d ** (t + 1).astype(jnp.float32)
+    # A slip that the weights were trained with: averages of t losses have the bias correction of t + 1.
+    largest = jnp.where(t == 0, value, jnp.max(losses.means / correction))
+    means = d * losses.means + (1.0 - d) * jnp.minimum(value, 2.0 * jnp.abs(largest))
+    c = means / correction
+    lowest = jnp.minimum(losses.lowest, c)
+    above = (c[:-1] - lowest[:-1]) / jnp.maximum(1e-8, c[1:] - lowest[:-1])
+    return LossMeans(means, lowest), jnp.where(t < 2, 0.0, jnp.clip(above - 1.0, -1.0, 1.0))
+
+
+def clipped_log(x: Array) -> Array:
+    """ln(1e-8 + |10 x|), cut at ±5 and halved."""
+    return 0.5 * jnp.clip(jnp.log(1e-8 + jnp.abs(10.0 * x)), -5.0, 5.0)
+
+
+def tensor_inputs(p: Array, averages: Averages, fraction_trained: Array, of_loss: Array) -> Array:
+    """What the LSTM reads of one tensor p [S] → [30].
+
+    averages: those before the gradient of this update. fraction_trained: t / num_steps. of_loss [9]: `update_losses`.
+    """
+    axes = tuple(range(1, averages.m.ndim))  # those of S, in an array [3, S]
+    scale = lax.rsqrt(jnp.maximum(1e-9, jnp.mean(p * p)))
+    m, v = scale * averages.m, scale * averages.v  # v is of g², yet scaled as g is
+    mean_m = jnp.mean(m, axes, keepdims=True)
+    rank = sum(n > 1 for n in p.shape)
+    return jnp.concatenate([
+        jnp.tanh(10.0 * (fraction_trained - jnp.asarray(FRACTIONS, jnp.float32))),  # 0–8
+        of_loss,                                                                    # 9–17
+        clipped_log(jnp.mean(v))[None],                                             # 18
+        jax.nn.one_hot(rank, 5, dtype=jnp.float32),                                 # 19–23, all 0 from rank 5 on
+        clipped_log(jnp.mean(jnp.square(m - mean_m), axes)),                        # 24–26, the variance of m
+        # A slip that the weights were trained with: from v the mean of m is subtracted, not that of v.
+        clipped_log(jnp.mean(jnp.square(v - mean_m), axes)),                        # 27–29
+    ]).astype(jnp.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# VeLO: the LSTM over tensors, and the bank
+
+
+def layer(theta: dict[str, Array], name: str, x: Array) -> Array:
+    """A linear layer of the LSTM's network: x w + b."""
+    return x @ theta[f"rnn_params/{name}/w"] + theta[f"rnn_params/{name}/b"]
+
+
+def lstm(theta: dict[str, Array], x: Array, hidden: Array, cell: Array) -> tuple[Array, Array]:
+    """One step of the LSTM for all tensors at once: inputs x [T, 30] → its new (hidden, cell), [T, L] each.
+
+    Tensors meet only in the maximum, which is added to the input of each.
+    """
+    # A slip that the weights were trained with: the layer `linear` is in θ, but what it puts out is not used.
+    over_tensors = jnp.max(jax.nn.relu(layer(theta, "linear_1", x)), 0, initial=0.0)  # [L]
+    z = layer(theta, "linear_2", x) + over_tensors
+    i, g, f, o = jnp.split(layer(theta, "rnn/linear", jnp.concatenate([z, hidden], 1)), 4, axis=1)
+    cell = jax.nn.sigmoid(f + 1.0) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
+    return jax.nn.sigmoid(o) * jnp.tanh(cell), cell
+
+
+def mix_bank(theta: dict[str, Array], controls: Array) -> dict[str, Array]:
+    """Each tensor's own MLP: its weights and biases are 100 · mean_k controls_k · bank_k, [T, K] → {name: [T, …]}."""
+    bank = {name.removeprefix("ff_mod_stack/~/"): x for name, x in theta.items() if name.startswith("ff_mod_stack/")}
+    return {name: 100.0 / len(x) * jnp.tensordot(controls, x, 1) for name, x in bank.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# VeLO: the MLP of every weight, and the update
+
+
+def element_inputs(tensor: Statistics) -> list[Feature]:
+    """What the MLP reads of each weight: 14 blocks of 30 features. The MLP has a matrix w0__0 … w0__13 for each block."""
+    g, p, m, v, r, c, rho, kappa = tensor
+    if rho is None:  # fewer than two axes
+        g_scale, m_scale = rsqrt_plus(r + 1e-9), lax.rsqrt(r)
+    else:
+        g_scale = m_scale = rho * kappa
+    rsqrt_v = lax.rsqrt(v + 1e-6)
+    return [
+        Feature("g", g[None]),                                   # 0
+        Feature("g, clipped", jnp.clip(g, -0.1, 0.1)[None]),     # 1
+        Feature("p", p[None]),                                   # 2
+        Feature("m", m),                                         # 3
+        Feature("v", v[None]),                                   # 4
+        Feature("m rsqrt(v+1e-6)", m * rsqrt_v),                 # 5
+        Feature("rsqrt(v+1e-6)", rsqrt_v[None]),                 # 6
+        Feature("g ρκ", g * g_scale),                            # 7
+        Feature("g rsqrt(v+1e-6)", (g * rsqrt_v)[None]),         # 8
+        Feature("r", r),                                         # 9
+        Feature("c", c),                                         # 10
+        Feature("rsqrt(r+1e-8)", lax.rsqrt(r + 1e-8)),           # 11
+        Feature("rsqrt(c+1e-8)", lax.rsqrt(c + 1e-8)),           # 12
+        Feature("m ρκ", m * m_scale),                            # 13
+    ]
+
+
+def tensor_update(learned: Learned, mlp: dict[str, Array], lr_mult: Array, tensor: Statistics) -> Array:
+    """The update of one tensor [S] by its own MLP, lr_mult · d · scale · exp(exp_mult · s) · step_mult.
+
+    lr_mult is the tensor's, d and s are the weight's. The third output of the MLP is not used.
+    """
+    hidden = sum(jnp.tensordot(mlp[f"w0__{i}"].T, normalise(x), 1) for i, x in enumerate(element_inputs(tensor)))
+    hidden = hidden + mlp["b0"].reshape(-1, *(1,) * tensor.g.ndim)  # [4, S]
+    hidden = dense(mlp["w1"], jax.nn.relu(hidden), mlp["b1"])
+    d, s, _ = dense(mlp["w2"], jax.nn.relu(hidden), mlp["b2"])
+    scale = jnp.sqrt(jnp.mean(tensor.p * tensor.p) + 1e-9)
+    return lr_mult * d * scale * jnp.exp(learned.exp_mult * s) * learned.step_mult
+
+
+class VeLOState(NamedTuple):
+    """step: int32, updates made so far. losses: the memory of the loss. hidden, cell: the LSTM's state, [T, L] each.
+    averages: one `Averages` for each of the T tensors, the leaves of the params that are not empty."""
+    step: Array
+    losses: LossMeans
+    hidden: Array
+    cell: Array
+    averages: tuple[Averages, ...]
+
+
+def velo(learned: Learned, update_multipliers: Tree = 1.0, gradient_multiplier: float | Array = 1.0,
+         num_steps: int | Array | None = None) -> Optimizer:
+    """VeLO as an optax-style pair, for any pytree of params; `update` needs the training loss as `value`.
+
+    num_steps: the planned number of updates, a number or traced; VeLO's step sizes depend on it. All else is as in
+    `learned_optimizer`. With μP's update multipliers this is μVeLO.
+
+    Raises ValueError when num_steps is missing or below 1, for a θ that is not VeLO's, and in `update` when `value`
+    is missing.
+    """
+    theta = learned.theta
+    check_velo_theta(theta)
+    if num_steps is None:
+        raise ValueError("VeLO needs the planned number of updates: give num_steps, for instance num_steps=1000")
+    if not isinstance(num_steps, jax.core.Tracer) and num_steps < 1:
+        raise ValueError(f"VeLO needs at least one planned update, but num_steps is {num_steps}")
+    num_steps = jnp.asarray(num_steps, jnp.float32)
+    decays = Decays(jnp.asarray(MOMENTUM_BETAS, jnp.float32), jnp.float32(RMS_BETAS[0]),
+                    jnp.asarray(ADAFACTOR_BETAS, jnp.float32))
+
+    def init(params: Tree) -> VeLOState:
+        averages = tuple(init_averages(p) for p in jax.tree.leaves(params) if jnp.size(p))
+        hidden, cell = (jnp.tile(jnp.asarray(theta[f"lstm_init_state/{name}"], jnp.float32), (len(averages), 1))
+                        for name in ("hidden", "cell"))
+        return VeLOState(jnp.zeros((), jnp.int32), init_losses(), hidden, cell, averages)
+
+    def update(grads: Tree, state: VeLOState, params: Tree, *, value: Array | None = None) -> tuple[Tree, VeLOState]:
+        if value is None:
+            raise ValueError("VeLO needs the training loss: call update(grads, state, params, value=loss)")
+        leaves, treedef = jax.tree.flatten(params)
+        present = [i for i, p in enumerate(leaves) if jnp.size(p)]
+        ps = [jnp.asarray(leaves[i], working_type(leaves[i])) for i in present]
+        gs = treedef.flatten_up_to(grads)
+        gs = [jnp.clip(gradient_multiplier * jnp.asarray(gs[i], p.dtype), -1000.0, 1000.0)
+              for i, p in zip(present, ps)]
+
+        losses, of_loss = update_losses(state.losses, jnp.asarray(value, jnp.float32), state.step, num_steps)
+        x = [tensor_inputs(p, a, state.step / num_steps, of_loss) for p, a in zip(ps, state.averages)]
+        hidden, cell = lstm(theta, jnp.reshape(jnp.asarray(x, jnp.float32), (-1, 30)), state.hidden, state.cell)
+        mlps = mix_bank(theta, layer(theta, "rnn_to_controls", hidden))
+        lr_mults = layer(theta, "step_size", hidden)[:, 0]
+
+        averages = tuple(update_averages(a, g, decays) for a, g in zip(state.averages, gs))
+        multipliers = multiplier_of_each(update_multipliers, params)
+        updates = [jnp.zeros_like(p) for p in leaves]
+        for j, i in enumerate(present):
+            mlp = {name: w[j] for name, w in mlps.items()}
+            step = tensor_update(learned, mlp, lr_mults[j], statistics(averages[j], gs[j], ps[j]))
+            step = multipliers[i] * step  # μP acts here, as in `learned_optimizer`
+            updates[i] = as_type_of(leaves[i], -step - learned.decay * ps[j])
+        return treedef.unflatten(updates), VeLOState(state.step + 1, losses, hidden, cell, averages)
+
+    return Optimizer(init, sharded(update))
+
+
+def velo_shapes(lstm_hidden: int, bank: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of VeLO's θ by the names of the published file; the released weights have 512 and 256."""
+    linears = {"linear": (30, lstm_hidden), "linear_1": (30, lstm_hidden), "linear_2": (30, lstm_hidden),
+               "rnn/linear": (2 * lstm_hidden, 4 * lstm_hidden), "rnn_to_controls": (lstm_hidden, bank),
+               "step_size": (lstm_hidden, 1)}
+    mlp = {f"w0__{i}": (f, 4) for i, f in enumerate(len(f.values) for f in on_one_weight(element_inputs))}
+    mlp |= {"b0": (4,), "w1": (4, 4), "b1": (4,), "w2": (4, 3), "b2": (3,)}
+    return {"lstm_init_state/hidden": (1, lstm_hidden), "lstm_init_state/cell": (1, lstm_hidden),
+            **{f"rnn_params/{name}/w": shape for name, shape in linears.items()},
+            **{f"rnn_params/{name}/b": shape[1:] for name, shape in linears.items()},
+            **{f"ff_mod_stack/~/{name}": (bank, *shape) for name, shape in mlp.items()}}
+
+
+def init_velo_theta(key: Array, lstm_hidden: int = 512, bank: int = 256) -> dict[str, Array]:
+    """Fresh θ of VeLO: matrices N(0, 1/fan_in) cut at 2σ, biases and the LSTM's first state 0, but for two.
+
+    The fan_in of w0__0 … w0__13 is 30, since their products are added. A random LSTM puts out little: so the step sizes
+    begin near 1, and all tensors near one MLP, by biases N(0, 0.2²) of the controls. The matrices of the bank are
+    √K/20 times as large, so that what they are mixed to is N(0, 1/fan_in) again. The choice of all this is ours.
+    """
+    theta, shapes = {}, velo_shapes(lstm_hidden, bank)
+    for (name, shape), key in zip(shapes.items(), jax.random.split(key, len(shapes))):
+        normal = jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)
+        if name == "rnn_params/rnn_to_controls/b":
+            theta[name] = 0.2 * normal
+        elif name.split("/")[-1].startswith("w"):
+            fan_in = 30 if "/w0__" in name else shape[-2]
+            theta[name] = normal / math.sqrt(fan_in) * (math.sqrt(bank) / 20 if "ff_mod_stack" in name else 1.0)
+        else:
+            theta[name] = jnp.full(shape, float(name == "rnn_params/step_size/b"), jnp.float32)
+    return theta
+
+
+def check_velo_theta(theta: dict[str, Array]) -> None:
+    """Raises ValueError, in one line, for arrays that are no θ of VeLO, of any number of LSTM units and MLPs."""
+    shapes = {name: tuple(x.shape) for name, x in theta.items()}
+    lstm_hidden = (shapes.get("lstm_init_state/hidden") or (1,))[-1]
+    bank = (shapes.get("ff_mod_stack/~/b0") or (1,))[0]
+    expected = velo_shapes(lstm_hidden, bank)
+    for name in sorted({*shapes, *expected}):
+        if shapes.get(name) != expected.get(name):
+            raise ValueError(f"this is no θ of VeLO with {lstm_hidden} LSTM units and a bank of {bank}: {name!r} is "
+                             f"{shapes.get(name, 'missing')}, and should be {expected.get(name, 'absent')}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -323,14 +596,17 @@ class AdamState(NamedTuple):
 
 
 def adamw(learning_rate: float | Array | Callable[[Array], Array], *, b1: float = 0.9, b2: float = 0.999,
-          eps: float = 1e-8, weight_decay: float = 0.0, update_multipliers: Tree = 1.0) -> Optimizer:
-    """AdamW, decoupled weight decay: u = −η · multiplier · (m̂/(√v̂ + ε) + weight_decay · p), m̂ = m/(1−β₁ᵗ).
+          eps: float = 1e-8, weight_decay: float = 0.0, decay: float = 0.0,
+          update_multipliers: Tree = 1.0) -> Optimizer:
+    """AdamW: u = −η · multiplier · (m̂/(√v̂ + ε) + weight_decay · p) − decay · p, m̂ = m/(1−β₁ᵗ).
 
-    learning_rate: η, or a function of the number of updates made before. With μP's update_multipliers and no weight
-    decay this is μAdam (TP5, Table 8). Types of params, state and updates are as in `learned_optimizer`.
+    learning_rate: η, or a function of the number of updates made before. weight_decay: AdamW's own, which in μP fades
+    with the width, as η · multiplier does; decay: the same at all widths and learning rates. With μP's
+    update_multipliers and no decay this is μAdam (TP5, Table 8). Types, shardings and errors are as in
+    `learned_optimizer`.
     """
     def init(params: Tree) -> AdamState:
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, working_type(p)), params)
+        zeros = jax.tree.map(zeros_like, params)
         return AdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros))
 
     def update(grads: Tree, state: AdamState, params: Tree, *, value: Array | None = None) -> tuple[Tree, AdamState]:
@@ -342,7 +618,7 @@ def adamw(learning_rate: float | Array | Callable[[Array], Array], *, b1: float 
             m = b1 * m + (1.0 - b1) * g
             v = b2 * v + (1.0 - b2) * g * g
             m_hat, v_hat = m / (1.0 - b1**t), v / (1.0 - b2**t)
-            u = -eta * multiplier * (m_hat / (jnp.sqrt(v_hat) + eps) + weight_decay * p32)
+            u = -eta * multiplier * (m_hat / (jnp.sqrt(v_hat) + eps) + weight_decay * p32) - decay * p32
             return as_type_of(p, u), m, v
 
         leaves, treedef = jax.tree.flatten(params)
@@ -351,7 +627,7 @@ def adamw(learning_rate: float | Array | Callable[[Array], Array], *, b1: float 
         updates, m, v = map(treedef.unflatten, list(zip(*moved)) or [()] * 3)
         return updates, AdamState(state.step + 1, m, v)
 
-    return Optimizer(init, update)
+    return Optimizer(init, sharded(update))
 
 
 def warmup_cosine(initial: float, peak: float, final: float, warmup_steps: int,
@@ -378,7 +654,7 @@ def clip_by_global_norm(tree: Tree, limit: float) -> Tree:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Params of any tree, type and shape
+# Params of any tree, type, shape and mesh
 
 
 def working_type(p: Array) -> jnp.dtype:
@@ -399,17 +675,55 @@ def as_type_of(p: Array, update: Array) -> Array:
     return update.astype(dtype) if jnp.issubdtype(dtype, jnp.floating) else update
 
 
+def is_on_mesh(x: Array) -> bool:
+    """Whether an array is laid out over a mesh of devices; not so inside shard_map, where each device has its own."""
+    mesh = jax.typeof(x).sharding.mesh
+    return not mesh.empty and AxisType.Manual not in mesh.axis_types
+
+
+def zeros_like(p: Array, *lead: int, without: int | None = None) -> Array:
+    """Zeros [*lead, S] in the type of a tensor's state, sharded as the tensor [S] is. without: an axis of length 1."""
+    zeros = jnp.zeros((*lead, *(1 if i == without else n for i, n in enumerate(jnp.shape(p), -jnp.ndim(p)))),
+                      working_type(p))
+    if not is_on_mesh(p):
+        return zeros
+    like = jnp.asarray(p, zeros.dtype) if without is None else jnp.sum(p, without, zeros.dtype, keepdims=True)
+    like = jnp.broadcast_to(like, zeros.shape)
+    return shard_alike(like, jnp.zeros_like(like))[1]
+
+
 def init_averages(p: Array) -> Averages:
     """The averages of a tensor before its first update: all 0."""
-    shape, dtype = jnp.shape(p), working_type(p)
-
-    def zeros(*kept: int, without: int | None = None) -> Array:
-        return jnp.zeros((*kept, *(1 if i - len(shape) == without else n for i, n in enumerate(shape))), dtype)
-
-    if (axes := largest_axes(shape)) is None:
-        return Averages(zeros(3), zeros(), zeros(3), None)
+    if (axes := largest_axes(jnp.shape(p))) is None:
+        return Averages(zeros_like(p, 3), zeros_like(p), zeros_like(p, 3), None)
     d0, d1 = axes
-    return Averages(zeros(3), zeros(), zeros(3, without=d0), zeros(3, without=d1))
+    return Averages(zeros_like(p, 3), zeros_like(p), zeros_like(p, 3, without=d0), zeros_like(p, 3, without=d1))
+
+
+def sharded(update: Callable) -> Callable:
+    """An optimizer's `update`, made to take params on a mesh of devices, too: it returns updates and state that are
+    sharded as the params and the state before."""
+    @functools.wraps(update)
+    def on_mesh(grads: Tree, state: Any, params: Tree, *, value: Array | None = None) -> tuple[Tree, Any]:
+        there = [p for p in jax.tree.leaves(params) if is_on_mesh(p)]
+        if not there:
+            return update(grads, state, params, value=value)
+        if AxisType.Explicit not in jax.typeof(there[0]).sharding.mesh.axis_types:
+            moved = update(grads, state, params, value=value)
+            return jax.tree.map(lambda x, y: shard_alike(x, y)[1] if is_on_mesh(x) else y, (params, state), moved)
+
+        def layout(x: Array) -> NamedSharding:
+            if is_on_mesh(x):
+                return jax.typeof(x).sharding
+            return NamedSharding(jax.typeof(there[0]).sharding.mesh, PartitionSpec())
+
+        automatic = jax.sharding.auto_axes(lambda *args: update(*args[:3], value=args[3]),
+                                           out_sharding=jax.tree.map(layout, (params, state)))
+        traced = isinstance(there[0], jax.core.Tracer)
+        with contextlib.nullcontext() if traced else jax.set_mesh(there[0].sharding.mesh):
+            return automatic(grads, state, params, value)
+
+    return on_mesh
 
 
 def multiplier_of_each(multipliers: Tree, params: Tree) -> list[float | Array]:
@@ -444,8 +758,8 @@ def check_theta(theta: dict[str, Array]) -> None:
 
 # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ waterline: the paper above, the machine below ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 
-# How many weights of one network go through the MLP at once. On a CPU the activations of two networks, which PES updates
-# side by side, then stay in the L2 cache (1.5 times as fast as whole tensors); on a GPU it bounds the memory.
+# How many weights of one network go through the MLP at once. On a CPU the activations of two networks, which PES
+# updates side by side, then stay in the L2 cache (1.5 times as fast as whole tensors); on a GPU it bounds the memory.
 CHUNK = {"cpu": 2048, "gpu": 2**16, "tpu": 2**16}
 
 
@@ -568,9 +882,7 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
             file.flush()
             sync(file.fileno())
         os.replace(part, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        sync(folder)
-        os.close(folder)
+        sync_folder(path.parent)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise ValueError(f"{path}: cannot be written ({error.strerror}); free some space or choose another "
@@ -587,6 +899,18 @@ def sync(descriptor: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES):
             raise
+
+
+def sync_folder(path: pathlib.Path) -> None:
+    """Puts the names in a folder on disk, where folders can be opened: Windows opens none."""
+    try:
+        folder = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        sync(folder)
+    finally:
+        os.close(folder)
 
 
 def take_lock(file: Any) -> None:
@@ -620,13 +944,7 @@ def read_npz(path: str | os.PathLike, max_bytes: int, checksum: bool = False) ->
     but plain arrays.
     """
     path = pathlib.Path(path)
-    try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise ValueError(f"{path}: has {size:,} bytes, more than the {max_bytes:,} expected")
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
+    content = _read_bounded(path, max_bytes)
     if checksum and hashlib.sha256(content[:-64]).hexdigest().encode() != content[-64:]:
         raise ValueError(f"{path}: is damaged (its checksum does not match)")
     try:
@@ -638,6 +956,18 @@ def read_npz(path: str | os.PathLike, max_bytes: int, checksum: bool = False) ->
     except Exception as error:  # zipfile, zlib and NumPy raise errors of a dozen types when bytes are damaged
         raise ValueError(f"{path}: is no .npz file of plain arrays, or is damaged "
                          f"({' '.join(str(error).split())})") from None
+
+
+def _read_bounded(path: pathlib.Path, max_bytes: int) -> bytes:
+    """The content of a file of at most max_bytes. Raises ValueError, naming the file."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > max_bytes:
+                raise ValueError(f"{path}: has {size:,} bytes, more than the {max_bytes:,} expected")
+            return file.read(size)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def _read_npy(content: bytes) -> np.ndarray:
@@ -652,47 +982,354 @@ def _read_npy(content: bytes) -> np.ndarray:
 
 
 MAX_THETA_BYTES = 1 << 24
+CHECKS = {"small_fc_lopt": check_theta, "velo": check_velo_theta}  # of θ, by its architecture
 
 
 def save(path: str | os.PathLike, learned: Learned) -> None:
     """Writes a learned optimizer as an .npz: the arrays of θ, and all else as JSON under the name `metadata`."""
-    p = learned.parametrization._asdict()
-    metadata = learned.made | {"architecture": learned.architecture, "step_mult": float(learned.step_mult),
-                               "exp_mult": float(learned.exp_mult), "parametrization": p.pop("name"),
-                               **{name: float(x) for name, x in p.items()}}
-    arrays = {name: np.asarray(x, np.float32) for name, x in learned.theta.items()}
+    name, *scales = learned.parametrization
+    numbers = dict(zip(mup.Parametrization._fields[1:], scales)) | {
+        key: getattr(learned, key) for key in ("step_mult", "exp_mult", "decay", "horizon")}
+    metadata = learned.made | {"architecture": learned.architecture, "parametrization": name,
+                               **{key: float(x) for key, x in numbers.items()}}
+    arrays = {key: np.asarray(x, np.float32) for key, x in learned.theta.items()}
     write_npz(path, {**arrays, "metadata": np.frombuffer(json.dumps(metadata).encode(), np.uint8)})
 
 
-def load(path: str | os.PathLike) -> Learned:
-    """Reads what `save` wrote. Raises ValueError, in one line that names the file, for what is no learned optimizer."""
+def _load_npz(path: pathlib.Path) -> Learned:
+    """The learned optimizer that `save` wrote."""
     theta = read_npz(path, MAX_THETA_BYTES)
     if "metadata" not in theta:
         raise ValueError(f"{path}: is no learned optimizer: it has no array 'metadata'")
+    _, *scales = mup.MUP
+    defaults = dict(zip(mup.Parametrization._fields[1:], scales)) | {"decay": 0.0, "horizon": 0.0}
     try:
         made = json.loads(theta.pop("metadata").tobytes())
-        numbers = {name: made.pop(name, default) for name, default in (
-            ("step_mult", None), ("exp_mult", None), *mup.MUP._asdict().items()) if name != "name"}
         name, architecture = made.pop("parametrization"), made.pop("architecture", "small_fc_lopt")
-        wrong = [f"{key} is {x!r:.40}, and must be a finite number" for key, x in numbers.items()
-                 if type(x) not in (int, float) or not math.isfinite(x)]
-        if wrong or name not in ("mup", "sp") or architecture != "small_fc_lopt" or numbers["base_width"] < 0:
-            raise ValueError(wrong[0] if wrong else f"{name!r:.40}, {architecture!r:.40}, base width "
-                             f"{numbers['base_width']}")
+        numbers = {key: made.pop(key, defaults.get(key)) for key in ("step_mult", "exp_mult", *defaults)}
+        for key, x in numbers.items():
+            lowest = {"base_width": 0, "decay": 0, "horizon": 0}.get(key, -math.inf)
+            if type(x) not in (int, float) or not math.isfinite(x) or x < lowest:
+                raise ValueError(f"{key} is {x!r:.40}, and must be a finite number" + ", not negative" * (lowest == 0))
+        if name not in ("mup", "sp") or architecture not in CHECKS:
+            raise ValueError(f"{name!r:.40}, {architecture!r:.40}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: its metadata do not give step_mult, exp_mult and a known parametrization "
                          f"({' '.join(str(error).split())})") from None
-    for name_of, x in theta.items():
-        if x.dtype != np.float32 or not np.isfinite(x).all():
-            raise ValueError(f"{path}: {name_of} must be finite float32, but is {x.dtype} {list(x.shape)}"
-                             + " with entries that are not" * bool(x.dtype == np.float32))
+    _check_arrays(path, theta, architecture)
+    base_width, horizon = (int(numbers.pop(key)) for key in ("base_width", "horizon"))
+    scales = {key: numbers.pop(key) for key in mup.Parametrization._fields if key in numbers}
+    parametrization = mup.Parametrization(name, **scales, base_width=base_width)
+    return Learned({key: jnp.asarray(x) for key, x in theta.items()}, parametrization=parametrization,
+                   architecture=architecture, made=made, horizon=horizon, **numbers)
+
+
+def _check_arrays(path: pathlib.Path, theta: dict[str, np.ndarray], architecture: str) -> None:
+    """Raises ValueError, naming the file, for arrays that are no θ of an architecture, or not finite float32."""
     try:
-        check_theta(theta)
+        for name, x in theta.items():
+            if x.dtype != np.float32 or not np.isfinite(x).all():
+                raise ValueError(f"{name} must be finite float32, but is {x.dtype} {list(x.shape)}"
+                                 + " with entries that are not" * bool(x.dtype == np.float32))
+        CHECKS[architecture](theta)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    step_mult, exp_mult, *scales, base_width = numbers.values()
-    return Learned({key: jnp.asarray(x) for key, x in theta.items()}, step_mult, exp_mult,
-                   mup.Parametrization(name, *scales, int(base_width)), architecture, made)
+
+
+def load(path: str | os.PathLike) -> Learned:
+    """Reads a learned optimizer: what `save` wrote, or weights that others published.
+
+    Published weights are VeLO's `params` or `theta.state`, a folder with PyLO's copies of it (the files of VeLO_RNN and
+    VeLO_MLP, under any names that end in .safetensors, in the folder or in folders of it), and the `model.safetensors`
+    of μLO. `made["published"]` then says whether it is the published file itself.
+
+    Raises ValueError, in one line that names the file, for what is no learned optimizer.
+    """
+    path = pathlib.Path(path)
+    paths = sorted({*path.glob("*.safetensors"), *path.glob("*/*.safetensors")}) if path.is_dir() else [path]
+    if not 1 <= len(paths) <= 2:
+        raise ValueError(f"{path}: has {len(paths)} .safetensors files, and should have VeLO_RNN's and VeLO_MLP's")
+    contents = [_read_bounded(p, MAX_THETA_BYTES) for p in paths]
+    if not is_published_layout(contents[0]):
+        return _load_npz(path)
+    try:
+        architecture, theta = published_theta(contents)
+    except ValueError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    _check_arrays(path, theta, architecture)
+    step_mult, parametrization = (0.001, mup.SP) if architecture == "velo" else (0.01, mup.MUP)
+    return Learned({name: jnp.asarray(x) for name, x in theta.items()}, step_mult, 0.001, parametrization, architecture,
+                   {"published": "; ".join(map(published, contents))})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files that others published: VeLO's (flax msgpack, or safetensors) and the authors' μLO (safetensors)
+
+# what a published file is: (its bytes, its SHA-256, the SHA-1 that git gives it; None where it is not known)
+PUBLISHED = {
+    "the published μLO (btherien/mulo, model.safetensors)":
+        (10_096, "ad7c499d1bd389c768f20019a6e1a423c51c7d1db64774d038f4fe56bf21ccb3", None),
+    "the published VeLO (params)": (9_282_564, None, "a1011ded0e4059aa01baab5a7e5b25374241ee56"),
+    "the published VeLO (amoudgl/velo-4000, theta.state)":
+        (9_282_507, None, "2233e53ad4974489183a9863c8e165ab50ae4b63"),
+    "PyLO's copy of VeLO's LSTM (VeLO_RNN)": (9_119_908, None, None),
+    "PyLO's copy of VeLO's bank (VeLO_MLP)": (164_296, None, None)}
+
+# The authors' μLO has trained decays, which are not in its file: PyLO has them as default arguments of AdafacLO.
+PUBLISHED_MULO_DECAYS = {"momentum_decays": (0.15216392, 0.14245212, 0.06812963), "rms_decays": (0.01079706,),
+                         "adafactor_decays": (0.18621896, -0.10864615, -0.06185547)}
+
+# Names of the same array: in PyLO's VeLO_RNN, and in the file of VeLO
+PYLO_LAYERS = {"mix_layer1": "linear", "mix_layer2": "linear_1", "final_mix_layer": "linear_2",
+               "lstm.linear": "rnn/linear", "rnn_to_controls": "rnn_to_controls", "step_size": "step_size"}
+# and in its VeLO_MLP, where each has a scratch tensor beside it, named without the _, that means nothing
+PYLO_BANK = {"input_bias_": "b0", "hidden_weights_.0": "w1", "hidden_bias_.0": "b1", "output_weights_": "w2",
+             "output_bias_": "b2"}
+
+MAX_OBJECTS = 1 << 12  # of a msgpack file, nested ones included; VeLO's has about 200
+MAX_DEPTH = 16
+MAX_HEADER = 1 << 16  # bytes of a safetensors header; VeLO's has 1,400
+DTYPES = ("float32", "float64", "int32", "int64", "uint32", "uint64")
+
+
+def published(content: bytes) -> str:
+    """Says in words which of the published files this content is, or why it is none of them."""
+    sha256 = hashlib.sha256(content).hexdigest()
+    git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    for name, (size, its_sha256, its_git) in PUBLISHED.items():
+        if size == len(content):
+            if its_sha256 == sha256 or its_git == git:
+                return name
+            if its_sha256 is its_git is None:
+                return f"perhaps {name}: it has the same {size:,} bytes, and its hash is not known"
+            return f"not the published file: it has the {size:,} bytes of {name}, but another hash"
+    return f"not the published file: none of those has {len(content):,} bytes"
+
+
+def checked_array(content: memoryview, shape: Any, dtype: str) -> np.ndarray:
+    """The array of these bytes, in C order and little-endian. Raises ValueError for a shape that is not theirs."""
+    if not (isinstance(shape, list) and len(shape) <= 8 and all(type(n) is int and n > 0 for n in shape)):
+        raise ValueError("an array has a shape that is none of at most 8 positive sizes")
+    if math.prod(shape) * np.dtype(dtype).itemsize != len(content):
+        raise ValueError(f"an array of {len(content):,} bytes is said to be {dtype} {str(shape):.80}")
+    return np.frombuffer(content, np.dtype(dtype).newbyteorder("<")).astype(dtype).reshape(shape)
+
+
+# The objects of a fixed size, by their first byte: how `struct` reads them
+MSGPACK_NUMBERS = {0xca: ">f", 0xcb: ">d", 0xcc: ">B", 0xcd: ">H", 0xce: ">I", 0xcf: ">Q",
+                   0xd0: ">b", 0xd1: ">h", 0xd2: ">i", 0xd3: ">q"}
+# Those of a given length: the kind, and how `struct` reads the length
+MSGPACK_LENGTHS = {0xc4: ("bin", ">B"), 0xc5: ("bin", ">H"), 0xc6: ("bin", ">I"), 0xc7: ("ext", ">B"),
+                   0xc8: ("ext", ">H"), 0xc9: ("ext", ">I"), 0xd9: ("str", ">B"), 0xda: ("str", ">H"),
+                   0xdb: ("str", ">I"), 0xdc: ("array", ">H"), 0xdd: ("array", ">I"), 0xde: ("map", ">H"),
+                   0xdf: ("map", ">I")}
+
+
+def read_msgpack(content: bytes | memoryview) -> Any:
+    """The one object of a msgpack file as flax writes it: maps with names as keys, lists, numbers, text, arrays.
+
+    Raises ValueError, in one line, for anything else. Every length is compared with what is left of the file before
+    anything is made of it, and objects are counted: it takes no more memory than a few times the file's size.
+    """
+    view, position, objects = memoryview(content), 0, 0
+
+    def take(n: int) -> memoryview:
+        nonlocal position
+        if n > len(view) - position:
+            raise ValueError(f"{n:,} bytes are announced at byte {position:,}, where {len(view) - position:,} are left")
+        position += n
+        return view[position - n:position]
+
+    def number(code: str) -> int | float:
+        return struct.unpack(code, take(struct.calcsize(code)))[0]
+
+    def read_ext(length: int, depth: int) -> Any:
+        kind, end = number(">b"), position + length
+        if kind not in (1, 3):
+            raise ValueError(f"an extension of type {kind} before byte {position:,} is no array")
+        if length > len(view) - position:
+            take(length)
+        parts = read(depth + 1)
+        if position != end or not (isinstance(parts, list) and len(parts) == 3 and isinstance(parts[2], memoryview)
+                                   and parts[1] in DTYPES):
+            raise ValueError(f"the extension that ends at byte {end:,} is no array of shape, type and bytes")
+        array = checked_array(parts[2], parts[0], parts[1])
+        if kind == 3 and array.shape:
+            raise ValueError(f"the extension that ends at byte {end:,} is no single number")
+        return array
+
+    def read_map(length: int, depth: int) -> dict[str, Any]:
+        found = {}
+        for _ in range(length):
+            key = read(depth + 1)
+            if not isinstance(key, str) or key in found:
+                raise ValueError(f"a map has a key before byte {position:,} that is no text, or that it has twice")
+            found[key] = read(depth + 1)
+        return found
+
+    def read(depth: int) -> Any:
+        nonlocal objects
+        objects += 1
+        if depth > MAX_DEPTH or objects > MAX_OBJECTS:
+            raise ValueError(f"it has more than {MAX_DEPTH} levels or {MAX_OBJECTS:,} objects")
+        first = number(">B")
+        if first < 0x80 or first >= 0xe0:
+            return first if first < 0x80 else first - 0x100
+        if first in (0xc0, 0xc2, 0xc3):
+            return {0xc0: None, 0xc2: False, 0xc3: True}[first]
+        if first in MSGPACK_NUMBERS:
+            return number(MSGPACK_NUMBERS[first])
+        if first < 0xc0:
+            kind, length = (("map", first & 15) if first < 0x90 else ("array", first & 15) if first < 0xa0
+                            else ("str", first & 31))
+        elif 0xd4 <= first <= 0xd8:
+            kind, length = "ext", 1 << (first - 0xd4)
+        elif first in MSGPACK_LENGTHS:
+            kind, code = MSGPACK_LENGTHS[first]
+            length = number(code)
+        else:
+            raise ValueError(f"byte {position - 1:,} is {first:#x}, which begins nothing")
+        if kind == "ext":
+            return read_ext(length, depth)
+        if kind == "map":
+            return read_map(length, depth)
+        if kind == "array":
+            return [read(depth + 1) for _ in range(length)]
+        return take(length) if kind == "bin" else str(take(length), "utf-8")
+
+    whole = read(0)
+    if position != len(view):
+        raise ValueError(f"{len(view) - position:,} bytes follow after its end")
+    return whole
+
+
+def read_safetensors(content: bytes) -> dict[str, np.ndarray]:
+    """The float32 arrays of a safetensors file. Raises ValueError, in one line, for anything else."""
+    if len(content) < 8:
+        raise ValueError("it is shorter than a safetensors file")
+    length = int.from_bytes(content[:8], "little")
+    if length > min(len(content) - 8, MAX_HEADER):
+        raise ValueError(f"a header of {length:,} bytes is announced, where {len(content) - 8:,} are left and "
+                         f"{MAX_HEADER:,} allowed")
+    try:
+        header = json.loads(content[8:8 + length].decode(), object_pairs_hook=_without_repetition)
+    except RecursionError:
+        raise ValueError("its header is nested too deep") from None
+    if not isinstance(header, dict):
+        raise ValueError("its header is no map of tensors")
+    header.pop("__metadata__", None)
+    data, arrays, spans = memoryview(content)[8 + length:], {}, []
+    for name, entry in header.items():
+        offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+        if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(x) is int for x in offsets)
+                and 0 <= offsets[0] <= offsets[1] <= len(data)):
+            raise ValueError(f"tensor {name!r:.80} has no data_offsets inside the {len(data):,} bytes of data")
+        if entry.get("dtype") != "F32":
+            raise ValueError(f"tensor {name!r:.80} is of type {entry.get('dtype')!r:.20}, and must be F32")
+        spans.append(tuple(offsets))
+    if [start for start, _ in sorted(spans)] + [len(data)] != [0] + [end for _, end in sorted(spans)]:
+        raise ValueError("its tensors do not fill its data exactly, one after the other")
+    for (name, entry), (start, end) in zip(header.items(), spans):
+        arrays[name] = checked_array(data[start:end], entry.get("shape"), "float32")
+    return arrays
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs of a JSON file. Raises ValueError for a name that it has twice."""
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a name stands twice in its header")
+    return dict(pairs)
+
+
+def velo_from_msgpack(content: bytes) -> dict[str, np.ndarray]:
+    """VeLO's θ from its `params` (a map of params, gen_id and step) or `theta.state` (that map's params alone)."""
+    tree = read_msgpack(content)
+    if isinstance(tree, dict) and set(tree) == {"params", "gen_id", "step"}:
+        tree = tree["params"]
+    theta = {}
+
+    def flatten(tree: Any, path: str) -> None:
+        if isinstance(tree, np.ndarray):
+            if path in theta:
+                raise ValueError(f"it has {path!r:.80} twice")
+            theta[path] = tree
+        elif isinstance(tree, dict):
+            if path == "lstm_init_state" and set(tree) == {"name", "fields", "values"}:  # flax before about 2022
+                names, tree = {"0": "hidden", "1": "cell"}, tree["values"]
+                tree = {names.get(k, k): x for k, x in tree.items()} if isinstance(tree, dict) else tree
+            for key, x in tree.items() if isinstance(tree, dict) else [("values", tree)]:
+                flatten(x, f"{path}/{key}" if path else key)
+        else:
+            raise ValueError(f"{path!r:.80} is neither a map nor an array")
+
+    flatten(tree, "")
+    return theta
+
+
+def velo_from_pylo(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """VeLO's θ from the tensors of PyLO's VeLO_RNN and VeLO_MLP, whose matrices are transposed."""
+    theta, tensors = {}, dict(tensors)
+
+    def take(name: str, axes: int) -> np.ndarray:
+        x = tensors.pop(name, None)
+        if x is None:
+            raise ValueError(f"it has no tensor {name!r}: VeLO needs the files of VeLO_RNN and of VeLO_MLP, so give "
+                             "a folder that holds these two alone")
+        if x.ndim != axes:
+            raise ValueError(f"tensor {name!r} is {list(x.shape)}, and must have {axes} axes")
+        return x
+
+    for ours, theirs in (("hidden", "lstm_init_state.0"), ("cell", "lstm_init_state.1")):
+        theta[f"lstm_init_state/{ours}"] = take(theirs, 2)
+    for theirs, ours in PYLO_LAYERS.items():
+        theta[f"rnn_params/{ours}/w"] = take(f"{theirs}.weight", 2).T
+        theta[f"rnn_params/{ours}/b"] = take(f"{theirs}.bias", 1)
+    w0 = take("input_weights_", 3).swapaxes(1, 2)  # [K, 30, 4]
+    for i, part in enumerate(np.split(w0, np.cumsum([len(f.values) for f in on_one_weight(element_inputs)])[:-1], 1)):
+        theta[f"ff_mod_stack/~/w0__{i}"] = part
+    for theirs, ours in PYLO_BANK.items():
+        x = take(theirs, 2 if "bias" in theirs else 3)
+        theta[f"ff_mod_stack/~/{ours}"] = x if "bias" in theirs else x.swapaxes(1, 2)
+    if unknown := set(tensors) - {name.replace("_.", ".").removesuffix("_") for name in ("input_weights_", *PYLO_BANK)}:
+        raise ValueError(f"it has a tensor {min(unknown)!r:.80}, which VeLO has not")
+    return {name: np.ascontiguousarray(x) for name, x in theta.items()}
+
+
+def mulo_from_pylo(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The authors' μLO's θ from the tensors of its file, whose matrices are transposed, and from its known decays."""
+    names = ["input", *(f"linear_{i}" for i in range(len(tensors) // 2 - 2)), "output"]
+    if set(tensors) != {f"network.{name}.{kind}" for name in names for kind in ("weight", "bias")}:
+        raise ValueError(f"its tensors are not those of μLO: {str(sorted(tensors)):.120}")
+    theta = {name: np.asarray(x, np.float32) for name, x in PUBLISHED_MULO_DECAYS.items()}
+    for i, name in enumerate(names):
+        theta |= {f"w{i}": np.ascontiguousarray(tensors[f"network.{name}.weight"].T),
+                  f"b{i}": tensors[f"network.{name}.bias"]}
+    return theta
+
+
+def is_published_layout(content: bytes) -> bool:
+    """Whether a file begins as a safetensors file or as a map of msgpack."""
+    return content[8:9] == b"{" or content[:1] in {*(bytes([0x80 | n]) for n in range(16)), b"\xde", b"\xdf"}
+
+
+def published_theta(contents: list[bytes]) -> tuple[str, dict[str, np.ndarray]]:
+    """The architecture and θ of one published file, or of the two of VeLO_RNN and VeLO_MLP.
+
+    Raises ValueError, in one line, for anything else.
+    """
+    if any(content[8:9] == b"{" for content in contents):
+        tensors = {}
+        for content in contents:
+            arrays = read_safetensors(content)
+            if both := set(tensors) & set(arrays):
+                raise ValueError(f"two of its files have a tensor {min(both)!r:.80}")
+            tensors |= arrays
+        is_mulo = any(name.startswith("network.") for name in tensors)
+        architecture, theta = (("small_fc_lopt", mulo_from_pylo(tensors)) if is_mulo else
+                               ("velo", velo_from_pylo(tensors)))
+    else:
+        architecture, theta = "velo", velo_from_msgpack(contents[0])
+    return architecture, theta
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -735,5 +1372,23 @@ def main() -> None:
     print("\n".join(lines))
 
 
+def convert(source: str, target: str) -> None:
+    """Makes a file of ours of published weights: `python lopt.py convert IN OUT.npz`."""
+    learned = load(source)
+    save(target, learned)
+    print(f"{source}: {learned.architecture}, {learned.made.get('published', 'a file of ours')}\nwrote {target}")
+
+
 if __name__ == "__main__":
-    main()
+    sys.stdout.reconfigure(errors="replace")
+    if len(sys.argv) == 4 and sys.argv[1] == "convert":
+        try:
+            convert(*sys.argv[2:])
+        except ValueError as error:
+            print(f"lopt.py: error: {error}", file=sys.stderr)
+            sys.exit(2)
+    elif len(sys.argv) > 1:
+        print("usage: python lopt.py [convert IN OUT.npz]", file=sys.stderr)
+        sys.exit(2)
+    else:
+        main()

@@ -91,12 +91,25 @@ class Settings(tasks.TaskSettings):
         None, "the first runs are shorter, at random, by less than this (K if not given); give "
         "the length where all runs have the same", low=1, metavar="T")
 
-    hidden: int = of_lopt(32, "units of each hidden layer of the MLP; --first-theta brings its "
-                          "own", low=1, metavar="H")
+    optimizer: str = of_lopt("small_fc_lopt", "its architecture: the paper's small MLP, or VeLO's "
+                             "LSTM and bank of MLPs", choices=("small_fc_lopt", "velo"))
+    hidden: int = of_lopt(32, "units of each hidden layer of the small MLP; a --first-theta brings "
+                          "its own, and so for VeLO", low=1, metavar="H")
+    lstm_hidden: int = of_lopt(64, "units of VeLO's LSTM (512 in the published one)", low=1,
+                               metavar="L")
+    bank: int = of_lopt(16, "MLPs in VeLO's bank (256 in the published one)", low=1, metavar="K")
     step_mult: float | None = of_lopt(
-        None, "scale of all updates (if neither it nor a preset says, 0.01 in μP and 0.001 in SP)",
-        metavar="c", **SQUARABLE)
+        None, "scale of all updates (if neither it nor a preset says, 0.01 in μP and 0.001 in SP "
+        "and for VeLO)", metavar="c", **SQUARABLE)
     exp_mult: float = of_lopt(0.001, "scale of the log-magnitudes", low=0, below=1e18, metavar="c")
+    decay: float = of_lopt(0.0, "share of the weights that each update also takes away, at any "
+                           "width; the paper has none", low=0, below=1, metavar="λ")
+    horizon: int = of_lopt(0, "where not 0, the small MLP's time runs from 0 to this over each "
+                           "run, whatever its length; in the paper it counts updates", low=0,
+                           below=2**30, metavar="T")
+    start: str = of_lopt("random", "the θ that meta-training begins with, without --first-theta: "
+                         "random as in the paper, or adam, which is Adam beside a small random "
+                         "rest (ours)", choices=("random", "adam"))
     first_theta: str | None = of_lopt(None, "begin with the θ of this file (a random one if not "
                                       "given)", metavar="FILE")
 
@@ -117,13 +130,16 @@ PAPER = dict(dataset="imagenet32", batch_size=4096, meta_steps=5000)
 PRESETS = {"laptop": dict(output_mult=16.0, hidden_lr_mult=16.0, step_mult=0.003),
            "paper-s": PAPER | {"widths": (128,)}, "paper-m": PAPER | {"widths": (128, 512, 1024)}}
 STEP_MULT = {"mup": 0.01, "sp": 0.001}  # larger in μP, which divides hidden updates by fan_in
+VELO_STEP_MULT = 0.001  # in both: VeLO's update is relative to the size of the weights
 MULTIPLIERS = ("input_mult", "output_mult", "hidden_lr_mult")
 
 
-def preset_settings(preset: str, parametrization: str) -> dict[str, Any]:
-    """The settings of a preset, in SP without those that belong to μP."""
-    only_in_mup = ("step_mult", *MULTIPLIERS) if parametrization == "sp" else ()
-    return {name: value for name, value in PRESETS[preset].items() if name not in only_in_mup}
+def preset_settings(preset: str, parametrization: str,
+                    optimizer: str = "small_fc_lopt") -> dict[str, Any]:
+    """The settings of a preset, without those that belong to μP or to the small MLP elsewhere."""
+    others = {"step_mult", *MULTIPLIERS} if parametrization == "sp" else set()
+    others |= {"step_mult"} if optimizer == "velo" else set()
+    return {name: value for name, value in PRESETS[preset].items() if name not in others}
 
 
 def check(settings: Settings) -> None:
@@ -137,6 +153,8 @@ def check(settings: Settings) -> None:
     for name in MULTIPLIERS:
         need(is_mup or getattr(settings, name) == 1, name, "SP has no multipliers")
     need(is_mup or settings.base_width == 0, "base_width", "SP has none")
+    need(settings.start == "random" or settings.optimizer != "velo" and settings.hidden > 1, "start",
+         "needs the small MLP, with two hidden units at least")
     need(settings.truncation <= settings.min_length, "truncation",
          f"longer than the shortest run, --min-length {settings.min_length}")
     need(settings.min_length <= settings.max_length, "min_length",
@@ -151,20 +169,24 @@ def check(settings: Settings) -> None:
 # The learned optimizer that a run begins with
 
 
-def first_learned(settings: Settings) -> lopt.Learned:
-    """The learned optimizer before the first meta-step, with a random θ or that of `first_theta`.
+def first_learned(settings: Settings, first: lopt.Learned | None = None) -> lopt.Learned:
+    """The learned optimizer before the first meta-step, with a random θ or that of `first`.
 
-    Raises ValueError where the file's MLP, parametrization or scales of the updates are not those
-    of the settings: the same θ would then be another optimizer.
+    Raises ValueError where the networks, parametrization or scales of the updates of `first` are
+    not those of the settings: the same θ would then be another optimizer.
     """
     learned = without_theta(settings)
-    if settings.first_theta is None:
+    if first is None:
         theta_key, _ = jax.random.split(jax.random.key(settings.seed))
-        return learned._replace(theta=lopt.init_theta(theta_key, settings.hidden))
+        if settings.optimizer == "velo":
+            theta = lopt.init_velo_theta(theta_key, settings.lstm_hidden, settings.bank)
+        else:
+            theta = lopt.init_theta(theta_key, settings.hidden)
+        return learned._replace(theta=adam_start(theta) if settings.start == "adam" else theta)
 
-    first = lopt.load(settings.first_theta)
     was, now = first.parametrization, learned.parametrization
-    both = {"hidden": (hidden_units(first), settings.hidden),
+    both = {"optimizer": (first.architecture, learned.architecture),
+            **{name: (size, getattr(settings, name)) for name, size in sizes(first).items()},
             "parametrization": (was.name, now.name),
             **{name: (getattr(was, name), getattr(now, name)) for name in MULTIPLIERS},
             "step_mult": (first.step_mult, learned.step_mult),
@@ -175,25 +197,44 @@ def first_learned(settings: Settings) -> lopt.Learned:
     return learned._replace(theta=first.theta, made=learned.made | {"origin": first.made})
 
 
+def adam_start(theta: dict[str, Array]) -> dict[str, Array]:
+    """Ours: a random θ, changed to be Adam at first; worth hundreds of meta-steps.
+
+    Two hidden units carry ± the feature m₁ rsqrt(v+1e-6), which is Adam's direction, through both
+    layers to d. What the other units add is a tenth of before.
+    """
+    blocks = lopt.on_one_weight(lambda tensor: lopt.features(tensor, 0))
+    first = [f.name for f in blocks for _ in f.values].index("m rsqrt(v+1e-6)")
+    w0 = theta["w0"].at[:, :2].set(0.0).at[first, :2].set(jnp.array([1.0, -1.0]))
+    w1 = theta["w1"].at[:, :2].set(0.0).at[:2].set(0.0).at[:2, :2].set(jnp.eye(2))
+    w2 = (0.1 * theta["w2"]).at[:2].set(jnp.array([[1.0, 0.0], [-1.0, 0.0]]))
+    return theta | {"w0": w0, "w1": w1, "w2": w2}
+
+
 def without_theta(settings: Settings) -> lopt.Learned:
     """The learned optimizer of the settings, but for its θ."""
     parametrization = mup.Parametrization(settings.parametrization, settings.input_mult,
                                           settings.output_mult, settings.hidden_lr_mult,
                                           settings.base_width)
-    step_mult = settings.step_mult or STEP_MULT[settings.parametrization]
-    return lopt.Learned({}, step_mult, settings.exp_mult, parametrization,
-                        made={"settings": dataclasses.asdict(settings)})
+    default = VELO_STEP_MULT if settings.optimizer == "velo" else STEP_MULT[settings.parametrization]
+    return lopt.Learned({}, settings.step_mult or default, settings.exp_mult, parametrization,
+                        settings.optimizer, made={"settings": dataclasses.asdict(settings)},
+                        decay=settings.decay, horizon=settings.horizon)
+
+
+def sizes(learned: lopt.Learned) -> dict[str, int]:
+    """The settings that say how large a learned optimizer's networks are, read from its θ."""
+    theta = learned.theta
+    if learned.architecture == "velo":
+        return {"lstm_hidden": theta["lstm_init_state/hidden"].shape[1],
+                "bank": len(theta["ff_mod_stack/~/b0"])}
+    return {"hidden": len(theta["b0"])}
 
 
 def with_theta(learned: lopt.Learned, vector: Array) -> lopt.Learned:
     """The learned optimizer with another θ, given as a vector [P]: its arrays in order of name."""
     _, unravel = ravel_pytree(learned.theta)
     return learned._replace(theta=unravel(vector))
-
-
-def hidden_units(learned: lopt.Learned) -> int:
-    """How many units the first hidden layer of a learned optimizer's MLP has."""
-    return len(learned.theta["b0"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -932,7 +973,8 @@ def run(argv: Sequence[str] | None) -> int:
     args = make_parser().parse_args(argv)
     flags, given = RunFlags(**tasks.given_flags(args, RunFlags)), tasks.given_flags(args, Settings)
     preset = args.preset or "laptop"
-    basis = preset_settings(preset, given.get("parametrization", "mup"))
+    basis = preset_settings(preset, given.get("parametrization", "mup"),
+                            given.get("optimizer", "small_fc_lopt"))
     if args.preset:
         given = basis | given
     settings = Settings(**basis | given)
@@ -955,10 +997,11 @@ def run(argv: Sequence[str] | None) -> int:
     dataset = tasks.load_data(settings, args.download)
     data = fingerprint(dataset)
     if checkpoint is None:
-        if settings.first_theta is not None and "hidden" not in given:
-            first = lopt.load(settings.first_theta)
-            settings = dataclasses.replace(settings, hidden=hidden_units(first))
-        learned = first_learned(settings)
+        first = None if settings.first_theta is None else lopt.load(settings.first_theta)
+        if first is not None:
+            own = {name: size for name, size in sizes(first).items() if name not in given}
+            settings = dataclasses.replace(settings, **own)
+        learned = first_learned(settings, first)
     elif checkpoint.about["data"] != data:
         raise ValueError(f"cannot resume: the training data of {dataset.name} are not those of the "
                          f"run in {folder.path}")

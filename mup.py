@@ -22,6 +22,7 @@ Dimensions: B batch, D fan_in of a layer, W fan_out of a layer.
 
 import dataclasses
 import math
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -375,4 +376,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal without Greek letters
     main()

@@ -4,7 +4,8 @@
     python tests/benchmark.py --settings tiny       one of tiny, mid, paper-s, paper-m
     python tests/benchmark.py --widths 64 --depth 6 --batch-size 128        any setting, by meta_train.py's flags
     python tests/benchmark.py --scaling             time against pairs (2 … 32) and against weights (width 32 … 512)
-    python tests/benchmark.py --update              the learned optimizer's update alone, against AdamW's; 15 M weights
+    python tests/benchmark.py --update              the update alone, of the learned optimizer, of VeLO
+                                                    (512 and 256) and of AdamW; up to 15 M weights
 
 All rates are of one process, one after the other, so that what else the machine does disturbs their ratio little.
 The useful arithmetic of an inner step is 3,200 FLOP per weight for the learned optimizer (16 per-weight inputs, 32,
@@ -148,9 +149,12 @@ def show_update(repeats: int) -> None:
         params = task.init(jax.random.key(0))
         grads = jax.tree.map(lambda x: 0.01 * x, params)
         learned = lopt.Learned(lopt.init_theta(jax.random.key(1)), step_mult=0.01)
-        for name, optimizer in (("learned", tasks.optimizer_for(task, learned)), ("AdamW", lopt.adamw(1e-3))):
+        velo = lopt.Learned(lopt.init_velo_theta(jax.random.key(1)), step_mult=0.001, architecture="velo")
+        for name, optimizer in (("learned", tasks.optimizer_for(task, learned)),
+                                ("VeLO", tasks.optimizer_for(task, velo, 1000)), ("AdamW", lopt.adamw(1e-3))):
             state = optimizer.init(params)
-            program = jax.jit(optimizer.update, donate_argnums=1).lower(grads, state, params).compile()
+            update = functools.partial(optimizer.update, value=jnp.float32(1.0))
+            program = jax.jit(update, donate_argnums=1).lower(grads, state, params).compile()
             memory = program.memory_analysis()
             times = []
             for _ in range(repeats + 1):  # the first is not counted
@@ -160,6 +164,7 @@ def show_update(repeats: int) -> None:
             seconds = float(np.median(times[1:]))
             print(f"{name:>8} update of {tree_size(params):>12,} weights: {seconds * 1e3:9.3f} ms, "
                   f"{seconds / tree_size(params) * 1e9:6.1f} ns per weight, "
+                  f"state {sum(x.nbytes for x in jax.tree.leaves(state)) / tree_size(params):4.1f} bytes per weight, "
                   f"{(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes) / 1e9:.3f} "
                   "GB beyond state, weights and gradients", flush=True)
 

@@ -6,6 +6,7 @@ Killed processes: tests/kill_and_resume.py. Damaged data files: test_datasets.py
 import concurrent.futures
 import csv
 import errno
+import os
 import fcntl
 import functools
 import importlib.util
@@ -654,3 +655,15 @@ def test_meta_step_without_a_finite_gradient_changes_nothing(seed, bad, monkeypa
                                                  jax.tree.leaves((state.theta, state.adam)))]
     assert all(same) if bad is None else not all(same) and int(state.adam.step) == 1
     assert np.isfinite(state.theta).all()
+
+
+def test_a_folder_that_cannot_be_opened_is_no_full_disk(tmp_path, monkeypatch):
+    """Windows opens no folder, so that there the names in it cannot be put on disk."""
+    def no_folders(path, *args, opened=os.open):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *args)
+
+    monkeypatch.setattr(lopt.os, "open", no_folders)
+    lopt.write_atomically(tmp_path / "file", b"whole")
+    assert (tmp_path / "file").read_bytes() == b"whole"

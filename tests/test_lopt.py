@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN_DIR, side_by_side
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import lopt
 import mup
@@ -279,10 +281,23 @@ def test_the_chunk_does_not_matter(monkeypatch):
 
 OPTIMIZERS = {"learned": lambda **options: lopt.learned_optimizer(lopt.Learned(some_theta(), step_mult=0.1), **options),
               "adamw": lambda **options: lopt.adamw(0.1, weight_decay=0.01, **options)}
+
+
+def velo_with_a_loss(**options):
+    """VeLO, small and random, that is told a falling loss where none is given.
+
+    Of a constant loss its features are ratios of rounding errors.
+    """
+    learned = lopt.Learned(lopt.init_velo_theta(jax.random.key(4), 8, 4), 0.1, architecture="velo")
+    init, update = lopt.learned_optimizer(learned, **{"num_steps": 100} | options)
+    return lopt.Optimizer(init, lambda grads, state, params: update(grads, state, params, value=2.0 - 0.1 * state.step))
+
+
 both_optimizers = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+all_optimizers = pytest.mark.parametrize("make", [*OPTIMIZERS.values(), velo_with_a_loss], ids=[*OPTIMIZERS, "velo"])
 
 
-@both_optimizers
+@all_optimizers
 def test_any_tree_and_any_transformation(make):
     """optax's convention: pure functions of pytrees that jit, scan and vmap."""
     optimizer = make()
@@ -318,7 +333,7 @@ def test_any_tree_and_any_transformation(make):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=0, atol=2e-5), scanned, stepped)
 
 
-@both_optimizers
+@all_optimizers
 def test_update_multipliers_multiply_updates_only(make):
     params, grads = some_params()
     multipliers = jax.tree.unflatten(jax.tree.structure(params), [0.0, 1.0, 0.25, 2.0, 1 / 3])
@@ -407,15 +422,15 @@ TYPES = [("bfloat16", "bfloat16", 0.05), ("float16", "float16", 0.01), ("float32
          ("float64", "float64", 1e-5), ("int32", "float32", None)]
 
 
-@both_optimizers
+@all_optimizers
 @pytest.mark.parametrize("of_params, of_grads, tolerance", TYPES, ids=[" ".join(x[:2]) for x in TYPES])
 def test_params_of_any_type(make, of_params, of_grads, tolerance):
     """Updates have the params' type and the state is float32 (float64 for float64); a scan keeps its carry's types."""
     with jax.enable_x64(of_params == "float64"):
         (params, state), updates = three_steps(make, of_params, of_grads)
-    step, *averages = jax.tree.leaves(state)
-    assert step.dtype == np.int32 and {x.dtype.name for x in averages} == {
-        "float64" if of_params == "float64" else "float32"}
+    assert state.step.dtype == np.int32
+    of_params_size = [x.dtype.name for x in jax.tree.leaves(state) if x.size >= params["w"].size]
+    assert set(of_params_size) == {"float64" if of_params == "float64" else "float32"}
     assert {x.dtype.name for x in params.values()} == {of_params}
     assert {x.dtype.name for x in updates.values()} == {"float32" if of_params == "int32" else of_params}
     assert all(np.all(np.isfinite(np.asarray(x, np.float64))) and np.any(x) for x in updates.values())
@@ -440,7 +455,7 @@ def three_steps(make, of_params, of_grads):
     return jax.jit(lambda p, g: jax.lax.scan(step, (p, optimizer.init(p)), g))(params, grads)
 
 
-@both_optimizers
+@all_optimizers
 def test_params_of_any_shape(make):
     """Empty tensors, too: they have nothing to move and spoil nothing."""
     shapes = [(0, 10), (10, 0), (0, 3, 3), (), (1,), (0,)]
@@ -460,7 +475,7 @@ def test_params_of_any_shape(make):
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, optimizer.init(params))
 
 
-@both_optimizers
+@all_optimizers
 def test_complex_params_are_refused(make):
     with pytest.raises(ValueError, match="complex") as error:
         make().init({"w": jnp.ones((2, 3), jnp.complex64)})
@@ -605,7 +620,8 @@ def test_files_from_before_there_were_multipliers_load(tmp_path):
     arrays = theta_arrays() | {"metadata": np.frombuffer(json.dumps(metadata).encode(), np.uint8)}
     np.savez_compressed(tmp_path / "theta.npz", **arrays)
     learned = lopt.load(tmp_path / "theta.npz")
-    assert learned[1:] == (1, 0.001, mup.Parametrization("mup", 1.0, 16.0, 1.0, 0), "small_fc_lopt", {"meta_steps": 7})
+    assert learned[1:] == (1, 0.001, mup.Parametrization("mup", 1.0, 16.0, 1.0, 0), "small_fc_lopt", {"meta_steps": 7},
+                           0.0, 0)
 
 
 def test_saving_replaces_the_file_whole(tmp_path):
@@ -654,14 +670,17 @@ SPOILT = {
     "no parametrization": (with_metadata(parametrization=None), "parametrization"),
     "unknown parametrization": (with_metadata(parametrization="ntk"), "parametrization"),
     "a parametrization that is a list": (with_metadata(parametrization=["mup"]), "parametrization"),
-    "another architecture": (with_metadata(architecture="velo"), "velo"),
+    "another architecture": (with_metadata(architecture="celo"), "celo"),
+    "the arrays of another architecture": (with_metadata(architecture="velo"), "no θ of VeLO"),
+    "a negative decay": (with_metadata(decay=-1e-4), "(decay is -0.0001, and must be a finite number, not negative"),
+    "a horizon that is a word": (with_metadata(horizon="long"), "(horizon is 'long', and must be"),
     "a step_mult that is a word": (with_metadata(step_mult="big"), "metadata"),
     "a step_mult that is a number in words": (with_metadata(step_mult="0.003"), "(step_mult is '0.003', and must be"),
     "a step_mult that is true": (with_metadata(step_mult=True), "(step_mult is True, and must be"),
     "an exp_mult that is a list": (with_metadata(exp_mult=[0.001]), "(exp_mult is [0.001]"),
     "an output_mult that is a word": (with_metadata(output_mult="1.0"), "(output_mult is '1.0'"),
     "a step_mult that is not finite": (with_metadata(step_mult=float("nan")), "is nan, and must be a finite"),
-    "a negative base width": (with_metadata(base_width=-1), "base width -1"),
+    "a negative base width": (with_metadata(base_width=-1), "(base_width is -1, and must be"),
     "a base width that is infinite": (with_metadata(base_width=float("inf")), "(base_width is inf"),
     "a step_mult that is no float": (with_metadata(step_mult=10**400), "metadata"),
 }
@@ -750,3 +769,106 @@ def test_every_flipped_bit_of_a_header_is_noticed(tmp_path, name):
 def test_missing_files_and_folders_are_refused(tmp_path):
     refuse(tmp_path / "none.npz", "cannot be read")
     refuse(tmp_path, "")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Params on a mesh of devices
+
+
+SPECS = {"bias": P("y"), "conv": P(None, "y", "x"), "scale": P(), "w": P("x", "y")}
+SHARDED = {"bias": (12,), "conv": (3, 4, 6), "scale": (), "w": (8, 12)}
+ON_A_MESH = {"small_fc_lopt": lambda: OPTIMIZERS["learned"](), "velo": velo_with_a_loss, "adamw": lambda: lopt.adamw(1e-2)}
+
+
+@functools.cache
+def one_device(name):
+    """(params, grads, (updates, state)) of one update on one device."""
+    optimizer = ON_A_MESH[name]()
+    params = {key: jax.random.normal(jax.random.key(i), shape) for i, (key, shape) in enumerate(SHARDED.items())}
+    grads = jax.tree.map(lambda p: 0.1 * p + 0.01, params)
+    return params, grads, jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name, compiled", [("small_fc_lopt", True), ("velo", True), ("adamw", True), ("adamw", False)])
+def test_state_and_updates_are_sharded_like_the_params(name, compiled, axis_type):
+    """On 4 devices: the numbers of one device; averages over an axis are sharded as the axes that remain."""
+    optimizer, (params, grads, expected) = ON_A_MESH[name](), one_device(name)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(axis_type,) * 2, devices=jax.devices()[:4])
+    layout = {key: NamedSharding(mesh, spec) for key, spec in SPECS.items()}
+    params, grads = jax.device_put(params, layout), jax.device_put(grads, layout)
+
+    def check(state):
+        of_w = [state.m["w"], state.v["w"]] if name == "adamw" else state.averages[3]
+        specs = [P("x", "y")] * 2 if name == "adamw" else [P(None, "x", "y"), P("x", "y"), P(None, "x", None),
+                                                          P(None, None, "y")]
+        for x, spec in zip(of_w, specs, strict=True):
+            assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim), (x.shape, x.sharding)
+
+    state = optimizer.init(params)
+    check(state)
+    check(jax.jit(optimizer.init)(params))
+    updates, after = (jax.jit(optimizer.update) if compiled else optimizer.update)(grads, state, params)
+    check(after)
+    for key in SHARDED:
+        assert updates[key].sharding.is_equivalent_to(layout[key], params[key].ndim), key
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7),
+                 jax.device_get((updates, after)), jax.device_get(expected))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_scan_of_updates_on_a_mesh(axis_type):
+    """The carry keeps its types, explicit axes included."""
+    optimizer = lopt.learned_optimizer(lopt.Learned(lopt.init_theta(jax.random.key(3)), 0.01))
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(axis_type,), devices=jax.devices()[:4])
+    w = jax.random.normal(jax.random.key(0), (8, 6))
+
+    def run(w):
+        def step(carry, _):
+            updates, state = optimizer.update(carry[0], carry[1], carry[0])
+            return (lopt.apply_updates(carry[0], updates), state), None
+
+        return jax.lax.scan(step, (w, optimizer.init(w)), None, 3)[0][0]
+
+    sharded = jax.jit(run)(jax.device_put(w, NamedSharding(mesh, P("x"))))
+    np.testing.assert_allclose(sharded, jax.jit(run)(w), rtol=1e-5, atol=1e-6)
+    assert sharded.sharding.is_equivalent_to(NamedSharding(mesh, P("x")), 2)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Ours: decay, and a time that is told the planned number of steps
+
+
+def test_decay_takes_the_same_share_of_the_params_at_any_width_and_learning_rate():
+    """p ← p − update − decay · p, beside the update that is without it, in all three optimizers."""
+    params, multipliers = {"w": jnp.full((4, 6), 2.0)}, {"w": 1 / 64}
+    small = lopt.Learned(lopt.init_theta(jax.random.key(3)), 0.01)
+    large = lopt.Learned(lopt.init_velo_theta(jax.random.key(3), 8, 4), 0.1, architecture="velo")
+
+    def moved(optimizer):
+        return jax.jit(lambda: optimizer.update(params, optimizer.init(params), params, value=1.0)[0])()
+
+    for plain, decaying in [(lopt.adamw(1e-3, update_multipliers=multipliers),
+                             lopt.adamw(1e-3, decay=0.25, update_multipliers=multipliers)),
+                            *((lopt.learned_optimizer(x, multipliers, num_steps=9),
+                               lopt.learned_optimizer(x._replace(decay=0.25), multipliers, num_steps=9))
+                              for x in (small, large))]:
+        jax.tree.map(lambda a, b, p: np.testing.assert_allclose(b, a - 0.25 * p, rtol=1e-6),
+                     moved(plain), moved(decaying), params)
+
+
+def test_with_a_horizon_time_runs_over_the_planned_steps():
+    """Update 30 of planned 300 is what update 10 of 100 is, and θ without a horizon knows of no plan."""
+    learned = lopt.Learned(lopt.init_theta(jax.random.key(3)), 0.01, horizon=100)
+    params = jax.random.normal(jax.random.key(1), (4, 6))
+
+    def update_at(t, learned, num_steps):
+        optimizer = lopt.learned_optimizer(learned, num_steps=num_steps)
+        return optimizer.update(params, optimizer.init(params)._replace(step=jnp.int32(t)), params)[0]
+
+    expected = update_at(10, learned._replace(horizon=0), 100)
+    np.testing.assert_array_equal(expected, update_at(10, learned._replace(horizon=0), None))
+    np.testing.assert_allclose(update_at(30, learned, 300), expected, rtol=1e-5)
+    traced = jax.jit(lambda num_steps: update_at(30, learned, num_steps))(300)
+    np.testing.assert_allclose(traced, expected, rtol=1e-5)
+    assert not np.allclose(update_at(30, learned, None), expected, rtol=1e-3)

@@ -99,6 +99,40 @@ def test_multipliers_of_the_presets(preset, parametrization, expected):
     assert base_width == 0  # gradients as they are
 
 
+def test_velo_is_meta_trained_by_the_same_loop(dataset, tmp_path):
+    """θ of another architecture is a vector, too; its file is read back, and begins another run of its own size only."""
+    settings = dataclasses.replace(SETTINGS, optimizer="velo", lstm_hidden=6, bank=3, meta_steps=3, warmup_steps=1)
+    theta, rows, state = meta_train_on(2, dataset, settings, 3)
+    learned = meta_train.first_learned(settings)
+    first = meta_train.ravel_pytree(learned.theta)[0]
+    assert theta.shape == first.shape and np.all(np.isfinite(theta)) and not np.allclose(theta, first)
+    assert rows[-1].nonfinite == 0 and rows[-1].grad_norm > 0
+    lopt.save(tmp_path / "theta.npz", meta_train.with_theta(learned, theta))
+    again = lopt.load(tmp_path / "theta.npz")
+    assert (again.architecture, again.step_mult) == ("velo", 0.001)
+    np.testing.assert_array_equal(meta_train.ravel_pytree(again.theta)[0], theta)
+    np.testing.assert_array_equal(
+        meta_train.ravel_pytree(meta_train.first_learned(settings, again).theta)[0], theta)
+    for change, words in ((dict(bank=4), "--bank 3, not 4"), (dict(optimizer="small_fc_lopt"), "--optimizer velo, not")):
+        with pytest.raises(ValueError, match=words):
+            meta_train.first_learned(dataclasses.replace(settings, **change), again)
+    with pytest.raises(ValueError, match="--start adam: needs the small MLP"):
+        meta_train.check(dataclasses.replace(settings, start="adam"))
+
+
+def test_the_adam_start_is_adam_beside_a_small_rest():
+    """Without the rest its update is step_mult · m₁ rsqrt(v+1e-6), divided by its root mean square."""
+    learned = meta_train.first_learned(dataclasses.replace(SETTINGS, start="adam"))
+    theta, key = learned.theta, jax.random.key(1)
+    assert np.any(theta["w2"][2:]) and np.max(np.abs(theta["w2"][2:])) < 0.1
+    learned = learned._replace(theta=theta | {"w2": theta["w2"].at[2:].set(0.0)})
+    optimizer, p, g = lopt.learned_optimizer(learned), jnp.ones((4, 6)), jax.random.normal(key, (4, 6))
+    update, state = optimizer.update(g, optimizer.init(p), p)
+    direction = state.averages[0].m[0] * jax.lax.rsqrt(state.averages[0].v + 1e-6)
+    direction = direction * jax.lax.rsqrt(1e-5 + jnp.mean(direction**2))
+    np.testing.assert_allclose(update, -learned.step_mult * direction, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("settings", [meta_train.Settings, meta_train.RunFlags])
 def test_help_has_every_setting(settings, monkeypatch):
     """The flag of each field, what it is, and its default; no other flags but two."""

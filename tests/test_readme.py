@@ -31,15 +31,15 @@ def test_the_front_page_is_short():
     assert len(README.encode()) <= 8_000
 
 
-def test_ten_lines_run(monkeypatch):
-    """The training loop of the README lowers the loss of the network that it trains."""
+def test_the_training_loop_runs(monkeypatch):
+    """It lowers the loss of its network, which is none of ours."""
     monkeypatch.chdir(ROOT)
     code = re.search(r"```python\n(.*?)```", README, re.S).group(1).replace("range(5)", "range(40)")
     scope = {}
     exec(code, scope)
-    batch = scope["task"].sample(jax.random.key(99), scope["dataset"].train)
-    loss = jax.jit(scope["task"].loss)
-    assert float(loss(scope["params"], batch)) < float(loss(scope["task"].init(jax.random.key(0)), batch)) - 0.1
+    losses = [jax.jit(scope["loss"])(params, scope["x"], scope["labels"]) for params in (
+        scope["params"], scope["mup"].init(scope["weights"], scope["key"], scope["p"]))]
+    assert losses[0] < losses[1] - 0.5
 
 
 @pytest.mark.parametrize("line", [line.strip().split("#")[0] for line in README.splitlines()
