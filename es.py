@@ -55,8 +55,8 @@ class Inner(NamedTuple):
 class Pair(NamedTuple):
     """The state of one antithetic pair between two truncations.
 
-    params, opt_state: of its two runs, leaves [2, …]. xi: the accumulator ξ [P]. run_step, length: int32, the steps made
-    in the present run, and those after which it ends.
+    params, opt_state: of its two runs, leaves [2, …]. xi: the accumulator ξ [P]. run_step, length: int32, the steps
+    made in the present run, and those after which it ends.
     """
     params: Tree
     opt_state: Any
@@ -111,9 +111,9 @@ def unroll(inner: Inner, thetas: Array, pair: Pair, key: Array, split: Any, meta
            settings: Settings) -> tuple[Pair, Array, Array, Array]:
     """K inner steps of both runs, on the same batches: (the pair after them, losses [K, 2], counted [K], after [K]).
 
-    A run that has reached its length is begun anew in the next step; that step counts no loss. Each loss is taken on the
-    step's own batch *before* its update, clipped to [0, max_loss], and is max_loss where it is not finite. after marks
-    the steps from the first new beginning on. thetas: θ ± ε [2, P].
+    A run that has reached its length is begun anew in the next step; that step counts no loss. Each loss is taken on
+    the step's own batch *before* its update, clipped to [0, max_loss], and is max_loss where it is not finite. after
+    marks the steps from the first new beginning on. thetas: θ ± ε [2, P].
     """
     def train_step(theta, params, opt_state, batch, length):
         loss, grads = jax.value_and_grad(inner.task.loss)(params, batch)
@@ -198,8 +198,8 @@ def over_pairs(function: Callable, mesh: Mesh | None = None) -> Callable:
     A device takes its pairs one by one on a CPU, where the state of one then stays in the cache, a reset costs nothing
     when none is due, and rounding does not depend on how many there are; on an accelerator, which needs the parallel
     work, all side by side. Each pair's values are computed where the pair is, gathered on every device, and averaged
-    there in the order of the pairs, so that the number of devices changes nothing: the smallest change would grow, since
-    PES divides differences of losses by σ².
+    there in the order of the pairs, so that the number of devices changes nothing: the smallest change would grow,
+    since PES divides differences of losses by σ².
     """
     def on_device(keys, pairs, *everywhere):
         at_once = 1 if jax.default_backend() == "cpu" else len(keys)

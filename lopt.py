@@ -436,7 +436,7 @@ def mix_bank(theta: dict[str, Array], controls: Array) -> dict[str, Array]:
 
 
 def element_inputs(tensor: Statistics) -> list[Feature]:
-    """What the MLP reads of each weight: 14 blocks of 30 features. The MLP has a matrix w0__0 … w0__13 for each block."""
+    """What the MLP reads of each weight: 30 features in 14 blocks, each of which has a matrix w0__0 … w0__13."""
     g, p, m, v, r, c, rho, kappa = tensor
     if rho is None:  # fewer than two axes
         g_scale, m_scale = rsqrt_plus(r + 1e-9), lax.rsqrt(r)
@@ -719,7 +719,7 @@ def sharded(update: Callable) -> Callable:
 
         automatic = jax.sharding.auto_axes(lambda *args: update(*args[:3], value=args[3]),
                                            out_sharding=jax.tree.map(layout, (params, state)))
-        traced = isinstance(there[0], jax.core.Tracer)
+        traced = isinstance(there[0], jax.core.Tracer)  # then the mesh is known; else JAX must be told
         with contextlib.nullcontext() if traced else jax.set_mesh(there[0].sharding.mesh):
             return automatic(grads, state, params, value)
 

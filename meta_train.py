@@ -126,8 +126,9 @@ class Settings(tasks.TaskSettings):
 PAPER = dict(dataset="imagenet32", batch_size=4096, meta_steps=5000)
 # The multipliers of the laptop's preset make μP at width 16 the same as SP, but for what is 0 or
 # random at first. With the paper's 1 the updates of hidden weights are small beside those of the
-# others: a loss 0.03 higher at width 32.
-PRESETS = {"laptop": dict(output_mult=16.0, hidden_lr_mult=16.0, step_mult=0.003),
+# others: a loss 0.03 higher at width 32. A θ that begins as Adam needs a lower learning rate.
+PRESETS = {"laptop": dict(output_mult=16.0, hidden_lr_mult=16.0, base_width=32, step_mult=0.003,
+                          start="adam", learning_rate=1e-3, final_learning_rate=1e-4),
            "paper-s": PAPER | {"widths": (128,)}, "paper-m": PAPER | {"widths": (128, 512, 1024)}}
 STEP_MULT = {"mup": 0.01, "sp": 0.001}  # larger in μP, which divides hidden updates by fan_in
 VELO_STEP_MULT = 0.001  # in both: VeLO's update is relative to the size of the weights
@@ -137,7 +138,7 @@ MULTIPLIERS = ("input_mult", "output_mult", "hidden_lr_mult")
 def preset_settings(preset: str, parametrization: str,
                     optimizer: str = "small_fc_lopt") -> dict[str, Any]:
     """The settings of a preset, without those that belong to μP or to the small MLP elsewhere."""
-    others = {"step_mult", *MULTIPLIERS} if parametrization == "sp" else set()
+    others = {"step_mult", "base_width", *MULTIPLIERS} if parametrization == "sp" else set()
     others |= {"step_mult"} if optimizer == "velo" else set()
     return {name: value for name, value in PRESETS[preset].items() if name not in others}
 
@@ -153,8 +154,8 @@ def check(settings: Settings) -> None:
     for name in MULTIPLIERS:
         need(is_mup or getattr(settings, name) == 1, name, "SP has no multipliers")
     need(is_mup or settings.base_width == 0, "base_width", "SP has none")
-    need(settings.start == "random" or settings.optimizer != "velo" and settings.hidden > 1, "start",
-         "needs the small MLP, with two hidden units at least")
+    need(settings.start == "random" or settings.hidden > 1, "start",
+         "needs an MLP with two hidden units at least")
     need(settings.truncation <= settings.min_length, "truncation",
          f"longer than the shortest run, --min-length {settings.min_length}")
     need(settings.min_length <= settings.max_length, "min_length",
@@ -180,9 +181,10 @@ def first_learned(settings: Settings, first: lopt.Learned | None = None) -> lopt
         theta_key, _ = jax.random.split(jax.random.key(settings.seed))
         if settings.optimizer == "velo":
             theta = lopt.init_velo_theta(theta_key, settings.lstm_hidden, settings.bank)
+            as_adam = velo_adam_start
         else:
-            theta = lopt.init_theta(theta_key, settings.hidden)
-        return learned._replace(theta=adam_start(theta) if settings.start == "adam" else theta)
+            theta, as_adam = lopt.init_theta(theta_key, settings.hidden), adam_start
+        return learned._replace(theta=as_adam(theta) if settings.start == "adam" else theta)
 
     was, now = first.parametrization, learned.parametrization
     both = {"optimizer": (first.architecture, learned.architecture),
@@ -209,6 +211,18 @@ def adam_start(theta: dict[str, Array]) -> dict[str, Array]:
     w1 = theta["w1"].at[:, :2].set(0.0).at[:2].set(0.0).at[:2, :2].set(jnp.eye(2))
     w2 = (0.1 * theta["w2"]).at[:2].set(jnp.array([[1.0, 0.0], [-1.0, 0.0]]))
     return theta | {"w0": w0, "w1": w1, "w2": w2}
+
+
+def velo_adam_start(theta: dict[str, Array]) -> dict[str, Array]:
+    """Ours: the same for VeLO. All MLPs of the bank have that path, and are mixed almost equally."""
+    bank = {name: x for name, x in theta.items() if name.startswith("ff_mod_stack")}
+    w0, w1, w2 = (f"ff_mod_stack/~/w{name}" for name in ("0__5", "1", "2"))  # block 5 has the m's
+    bank |= {name: x.at[:, :, :2].set(0.0) for name, x in bank.items() if "/w0__" in name}
+    bank[w0] = bank[w0].at[:, 0, :2].set(jnp.array([0.1, -0.1]))
+    bank[w1] = bank[w1].at[:, :, :2].set(0.0).at[:, :2].set(0.0).at[:, :2, :2].set(0.1 * jnp.eye(2))
+    bank[w2] = (0.1 * bank[w2]).at[:, :2].set(jnp.array([[0.1, 0.0, 0.0], [-0.1, 0.0, 0.0]]))
+    w, b = "rnn_params/rnn_to_controls/w", "rnn_params/rnn_to_controls/b"
+    return theta | bank | {w: 0.1 * theta[w], b: jnp.full_like(theta[b], 0.1)}  # 100 · 0.1 · 0.1 = 1
 
 
 def without_theta(settings: Settings) -> lopt.Learned:

@@ -96,7 +96,9 @@ def test_multipliers_of_the_presets(preset, parametrization, expected):
     learned = meta_train.first_learned(settings)
     name, *multipliers, base_width = learned.parametrization
     assert (name, *multipliers, learned.step_mult) == (parametrization, *expected)
-    assert base_width == 0  # gradients as they are
+    is_ours = (preset, parametrization) == ("laptop", "mup")
+    assert base_width == (32 if is_ours else 0)  # elsewhere gradients as they are
+    assert settings.start == ("adam" if preset == "laptop" else "random")
 
 
 def test_velo_is_meta_trained_by_the_same_loop(dataset, tmp_path):
@@ -116,8 +118,8 @@ def test_velo_is_meta_trained_by_the_same_loop(dataset, tmp_path):
     for change, words in ((dict(bank=4), "--bank 3, not 4"), (dict(optimizer="small_fc_lopt"), "--optimizer velo, not")):
         with pytest.raises(ValueError, match=words):
             meta_train.first_learned(dataclasses.replace(settings, **change), again)
-    with pytest.raises(ValueError, match="--start adam: needs the small MLP"):
-        meta_train.check(dataclasses.replace(settings, start="adam"))
+    with pytest.raises(ValueError, match="--start adam: needs an MLP with two"):
+        meta_train.check(dataclasses.replace(settings, start="adam", hidden=1))
 
 
 def test_the_adam_start_is_adam_beside_a_small_rest():
@@ -131,6 +133,27 @@ def test_the_adam_start_is_adam_beside_a_small_rest():
     direction = state.averages[0].m[0] * jax.lax.rsqrt(state.averages[0].v + 1e-6)
     direction = direction * jax.lax.rsqrt(1e-5 + jnp.mean(direction**2))
     np.testing.assert_allclose(update, -learned.step_mult * direction, rtol=1e-5, atol=1e-8)
+
+
+def test_velo_trains_from_its_adam_start():
+    """Without its LSTM's part and rest the direction is Adam's; and loss falls on an MLP."""
+    settings = dataclasses.replace(SETTINGS, optimizer="velo", lstm_hidden=6, bank=3, start="adam", step_mult=0.03)
+    learned = meta_train.first_learned(settings)
+    mixed = lopt.mix_bank(learned.theta, learned.theta["rnn_params/rnn_to_controls/b"][None])
+    p, m = jax.random.normal(jax.random.key(0), (4, 6)), jax.random.normal(jax.random.key(1), (3, 4, 6))
+    averages = lopt.init_averages(p)._replace(m=m, v=jnp.ones((4, 6)))
+    mlp = {name: x[0] for name, x in mixed.items()}
+    mlp["w2"] = mlp["w2"].at[2:].set(0.0)
+    update = lopt.tensor_update(learned, mlp, 1.0, lopt.statistics(averages, p, p))
+    expected = 0.03 * jnp.sqrt(jnp.mean(p**2)) * m[0] * jax.lax.rsqrt(jnp.mean(m[0]**2))
+    np.testing.assert_allclose(update, expected, rtol=1e-3, atol=1e-5)
+
+    data = tasks.load_dataset("synthetic")
+    task = tasks.mlp_task(data, 32, 1, 64, mup.SP)
+    train = jax.jit(lambda key, split: tasks.train(task, lambda num_steps: tasks.optimizer_for(task, learned, num_steps),
+                                                   split, key, 150)[1])
+    losses = np.asarray(train(jax.random.key(0), data.train))
+    assert np.mean(losses[-20:]) < np.mean(losses[:5]) - 0.3
 
 
 @pytest.mark.parametrize("settings", [meta_train.Settings, meta_train.RunFlags])
