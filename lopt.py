@@ -773,12 +773,12 @@ def in_chunks(learned: Learned, tensor: Statistics, t: Array) -> Array:
     The features of every weight are built twice, for their mean squares and for the MLP, a few rows of the tensor at a
     time: that costs less than to write them to memory and to read them back.
 
-    Dimensions: A and B the tensor's two largest axes in the order in which they stand, O all others together; a tensor
-    with fewer than two axes is [1, A, 1].
+    Dimensions: A and B the tensor's two largest axes in the order in which they stand, O all others, before them; a
+    tensor with fewer than two axes is [A, 1].
     """
     shape, tensor = tensor.g.shape, jax.tree.map(lambda x: _as_oab(x, tensor.g.shape), tensor)
-    others, rows, columns = tensor.g.shape
-    rows_at_once = max(1, min(rows, CHUNK[jax.default_backend()] // (others * columns)))
+    *others, rows, columns = tensor.g.shape
+    rows_at_once = max(1, min(rows, CHUNK[jax.default_backend()] // (math.prod(others) * columns)))
     chunks = -(-rows // rows_at_once)
 
     theta, blocks = learned.theta, features(tensor, t)
@@ -803,7 +803,7 @@ def in_chunks(learned: Learned, tensor: Statistics, t: Array) -> Array:
         if rows % rows_at_once:
             is_new = first_row(i) + jnp.arange(rows_at_once) >= i * rows_at_once
             x = jnp.where(is_new[:, None], x, 0.0)
-        return total + jnp.sum(x * x, axis=(1, 2, 3))
+        return total + jnp.sum(x * x, axis=tuple(range(1, x.ndim)))
 
     inputs = sum(len(w0[j]) for j in per_weight)
     squares = _loop(chunks, add_squares, jnp.zeros(inputs, tensor.g.dtype))
@@ -811,17 +811,17 @@ def in_chunks(learned: Learned, tensor: Statistics, t: Array) -> Array:
     scale = jnp.where(normalised, lax.rsqrt(1e-5 + squares / tensor.g.size), 1.0)
     w0_per_weight = (jnp.concatenate([w0[j] for j in per_weight]) * scale[:, None]).T  # [H, K]
 
-    hidden_of_rows, hidden_of_all = 0.0, theta["b0"][:, None, None, None]  # [H, O, A, 1] and [H, O, 1, B]
+    hidden_of_rows, hidden_of_all = 0.0, theta["b0"].reshape(-1, *(1,) * tensor.g.ndim)  # [H, O, A, 1], [H, O, 1, B]
     for where in sorted({f.values.shape[1:] for f in blocks} - {tensor.g.shape}):
         here = [j for j, f in enumerate(blocks) if f.values.shape[1:] == where]
         x = jnp.concatenate([normalise(blocks[j]) for j in here])
-        hidden = jnp.einsum("fh,foab->hoab", jnp.concatenate([w0[j] for j in here]), x)
-        if where[1] > 1:
+        hidden = jnp.einsum("fh,f...->h...", jnp.concatenate([w0[j] for j in here]), x)
+        if where[-2] > 1:
             hidden_of_rows = hidden_of_rows + hidden
         else:
             hidden_of_all = hidden_of_all + hidden
     # What the rows share is laid out once for a whole chunk: XLA's loop then adds it four times faster.
-    hidden_of_all = jnp.broadcast_to(hidden_of_all, (len(theta["b0"]), others, rows_at_once, columns))
+    hidden_of_all = jnp.broadcast_to(hidden_of_all, (len(theta["b0"]), *others, rows_at_once, columns))
 
     def write_update(i, update):
         x = features_of_chunk(i)
@@ -850,19 +850,14 @@ def _oab_order(ndim: int, shape: tuple[int, ...]) -> list[int]:
 
 def _as_oab(x: Array, shape: tuple[int, ...]) -> Array:
     """An array [..., S], S of that shape or of length 1 along some axes, as [..., O, A, B]."""
-    lead = x.shape[:x.ndim - len(shape)]
     if len(shape) < 2:
-        return x.reshape(*lead, 1, -1, 1)
-    x = x.transpose(_oab_order(x.ndim, shape))
-    return x.reshape(*lead, -1, *x.shape[-2:])
+        return x.reshape(*x.shape[:x.ndim - len(shape)], -1, 1)
+    return x.transpose(_oab_order(x.ndim, shape))
 
 
 def _from_oab(x: Array, shape: tuple[int, ...]) -> Array:
     """An array [O, A, B] as a tensor of that shape: undoes `_as_oab`."""
-    if len(shape) < 2:
-        return x.reshape(shape)
-    order = _oab_order(len(shape), shape)
-    return x.reshape([shape[i] for i in order]).transpose(np.argsort(order).tolist())
+    return x.reshape(shape) if len(shape) < 2 else x.transpose(np.argsort(_oab_order(len(shape), shape)).tolist())
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What the command lines share: flags made from settings, their checks, errors as one line, devices, stdout."""
 
 import argparse
+import ast
 import dataclasses
 import io
 import os
@@ -185,6 +186,18 @@ def test_help_in_another_encoding(encoding):
     done = python("-c", script, PYTHONIOENCODING=encoding)
     assert done.returncode == 0 and not done.stderr, done.stderr.decode()
     assert "--sigma ? " in done.stdout.decode(encoding)
+
+
+@pytest.mark.parametrize("module", ["mup", "lopt", "es"])
+def test_demonstrations_print_what_can_be_printed(module, monkeypatch):
+    """Those that have no command line of `tasks`: their last lines, around another main."""
+    *_, last = ast.parse((ROOT / f"{module}.py").read_text()).body
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "argv", [f"{module}.py"])
+    exec(compile(ast.Module(last.body, []), module, "exec"), {"sys": sys, "main": lambda: print("θ = 1")})
+    stdout.flush()
+    assert stdout.buffer.getvalue().strip() == b"? = 1"
 
 
 def test_output_and_errors_in_ascii():
