@@ -216,6 +216,7 @@ STEPS = 60
 FLAGS = ["--widths", "16", "--depth", "1", "--batch-size", "32", "--pairs", "4", "--truncation", "20",
          "--min-length", "20", "--max-length", "60", "--meta-steps", str(STEPS), "--learning-rate", "1e-2",
          "--warmup-steps", "10", "--output-mult", "1", "--hidden-lr-mult", "2", "--step-mult", "0.01",
+         "--base-width", "0", "--start", "random",
          "--report-steps", "0", "--checkpoint-every", "5", "--stall-seconds", "5"]
 
 
