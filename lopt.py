@@ -257,11 +257,16 @@ def init_theta(key: Array, hidden: int = 32) -> dict[str, Array]:
 
 def feature_count() -> int:
     """How many features there are."""
-    return sum(len(f.values) for f in on_one_weight(lambda tensor: features(tensor, 0)))
+    return sum(block_sizes(lambda tensor: features(tensor, 0)))
+
+
+def block_sizes(features_of: Callable[[Statistics], list[Feature]]) -> list[int]:
+    """How many features each block of a list has; nothing is computed for it."""
+    return [block.shape[0] for block in jax.eval_shape(lambda: [f.values for f in on_one_weight(features_of)])]
 
 
 def on_one_weight(features_of: Callable[[Statistics], list[Feature]]) -> list[Feature]:
-    """A list of features for a tensor of one weight, from which it is seen how many each block has."""
+    """A list of features for a tensor of one weight."""
     one = jnp.zeros((1, 1))
     return features_of(statistics(init_averages(one), one, one))
 
@@ -544,7 +549,7 @@ def velo_shapes(lstm_hidden: int, bank: int) -> dict[str, tuple[int, ...]]:
     linears = {"linear": (30, lstm_hidden), "linear_1": (30, lstm_hidden), "linear_2": (30, lstm_hidden),
                "rnn/linear": (2 * lstm_hidden, 4 * lstm_hidden), "rnn_to_controls": (lstm_hidden, bank),
                "step_size": (lstm_hidden, 1)}
-    mlp = {f"w0__{i}": (f, 4) for i, f in enumerate(len(f.values) for f in on_one_weight(element_inputs))}
+    mlp = {f"w0__{i}": (f, 4) for i, f in enumerate(block_sizes(element_inputs))}
     mlp |= {"b0": (4,), "w1": (4, 4), "b1": (4,), "w2": (4, 3), "b2": (3,)}
     return {"lstm_init_state/hidden": (1, lstm_hidden), "lstm_init_state/cell": (1, lstm_hidden),
             **{f"rnn_params/{name}/w": shape for name, shape in linears.items()},
@@ -574,14 +579,10 @@ def init_velo_theta(key: Array, lstm_hidden: int = 512, bank: int = 256) -> dict
 
 def check_velo_theta(theta: dict[str, Array]) -> None:
     """Raises ValueError, in one line, for arrays that are no θ of VeLO, of any number of LSTM units and MLPs."""
-    shapes = {name: tuple(x.shape) for name, x in theta.items()}
+    shapes = {name: np.shape(x) for name, x in theta.items()}
     lstm_hidden = (shapes.get("lstm_init_state/hidden") or (1,))[-1]
     bank = (shapes.get("ff_mod_stack/~/b0") or (1,))[0]
-    expected = velo_shapes(lstm_hidden, bank)
-    for name in sorted({*shapes, *expected}):
-        if shapes.get(name) != expected.get(name):
-            raise ValueError(f"this is no θ of VeLO with {lstm_hidden} LSTM units and a bank of {bank}: {name!r} is "
-                             f"{shapes.get(name, 'missing')}, and should be {expected.get(name, 'absent')}")
+    check_shapes(shapes, velo_shapes(lstm_hidden, bank), f"VeLO with {lstm_hidden} LSTM units and a bank of {bank}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -743,17 +744,23 @@ def multiplier_of_each(multipliers: Tree, params: Tree) -> list[float | Array]:
 
 def check_theta(theta: dict[str, Array]) -> None:
     """Raises ValueError, in one line, for arrays that are no θ of small_fc_lopt with this list of features."""
-    shapes, inputs = {name: np.shape(x) for name, x in theta.items()}, feature_count()
+    shapes, count = {name: np.shape(x) for name, x in theta.items()}, feature_count()
+    inputs = count
     layers = sum(f"w{i}" in theta or f"b{i}" in theta for i in range(len(theta)))
     expected = {"momentum_decays": (3,), "rms_decays": (1,), "adafactor_decays": (3,)}
     for i in range(max(layers, 2)):
         hidden = 2 if i == layers - 1 else (shapes.get(f"b{i}") or (1,))[0]
         expected |= {f"w{i}": (inputs, hidden), f"b{i}": (hidden,)}
         inputs = hidden
+    check_shapes(shapes, expected, f"small_fc_lopt with {count} features")
+
+
+def check_shapes(shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], of_what: str) -> None:
+    """Raises ValueError, in one line, where the arrays of a θ have not the names and shapes that they should have."""
     for name in sorted({*shapes, *expected}):
         if shapes.get(name) != expected.get(name):
-            raise ValueError(f"this is no θ of small_fc_lopt with {feature_count()} features: {name!r} is "
-                             f"{shapes.get(name, 'missing')}, and should be {expected.get(name, 'absent')}")
+            raise ValueError(f"this is no θ of {of_what}: {name!r} is {shapes.get(name, 'missing')}, and should be "
+                             f"{expected.get(name, 'absent')}")
 
 
 # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ waterline: the paper above, the machine below ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
@@ -982,10 +989,9 @@ CHECKS = {"small_fc_lopt": check_theta, "velo": check_velo_theta}  # of θ, by i
 
 def save(path: str | os.PathLike, learned: Learned) -> None:
     """Writes a learned optimizer as an .npz: the arrays of θ, and all else as JSON under the name `metadata`."""
-    name, *scales = learned.parametrization
-    numbers = dict(zip(mup.Parametrization._fields[1:], scales)) | {
+    numbers = learned.parametrization._asdict() | {
         key: getattr(learned, key) for key in ("step_mult", "exp_mult", "decay", "horizon")}
-    metadata = learned.made | {"architecture": learned.architecture, "parametrization": name,
+    metadata = learned.made | {"architecture": learned.architecture, "parametrization": numbers.pop("name"),
                                **{key: float(x) for key, x in numbers.items()}}
     arrays = {key: np.asarray(x, np.float32) for key, x in learned.theta.items()}
     write_npz(path, {**arrays, "metadata": np.frombuffer(json.dumps(metadata).encode(), np.uint8)})
@@ -996,8 +1002,8 @@ def _load_npz(path: pathlib.Path) -> Learned:
     theta = read_npz(path, MAX_THETA_BYTES)
     if "metadata" not in theta:
         raise ValueError(f"{path}: is no learned optimizer: it has no array 'metadata'")
-    _, *scales = mup.MUP
-    defaults = dict(zip(mup.Parametrization._fields[1:], scales)) | {"decay": 0.0, "horizon": 0.0}
+    defaults = mup.MUP._asdict() | {"decay": 0.0, "horizon": 0}
+    del defaults["name"]
     try:
         made = json.loads(theta.pop("metadata").tobytes())
         name, architecture = made.pop("parametrization"), made.pop("architecture", "small_fc_lopt")
@@ -1280,7 +1286,7 @@ def velo_from_pylo(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         theta[f"rnn_params/{ours}/w"] = take(f"{theirs}.weight", 2).T
         theta[f"rnn_params/{ours}/b"] = take(f"{theirs}.bias", 1)
     w0 = take("input_weights_", 3).swapaxes(1, 2)  # [K, 30, 4]
-    for i, part in enumerate(np.split(w0, np.cumsum([len(f.values) for f in on_one_weight(element_inputs)])[:-1], 1)):
+    for i, part in enumerate(np.split(w0, np.cumsum(block_sizes(element_inputs))[:-1], 1)):
         theta[f"ff_mod_stack/~/w0__{i}"] = part
     for theirs, ours in PYLO_BANK.items():
         x = take(theirs, 2 if "bias" in theirs else 3)
@@ -1312,19 +1318,17 @@ def published_theta(contents: list[bytes]) -> tuple[str, dict[str, np.ndarray]]:
 
     Raises ValueError, in one line, for anything else.
     """
-    if any(content[8:9] == b"{" for content in contents):
-        tensors = {}
-        for content in contents:
-            arrays = read_safetensors(content)
-            if both := set(tensors) & set(arrays):
-                raise ValueError(f"two of its files have a tensor {min(both)!r:.80}")
-            tensors |= arrays
-        is_mulo = any(name.startswith("network.") for name in tensors)
-        architecture, theta = (("small_fc_lopt", mulo_from_pylo(tensors)) if is_mulo else
-                               ("velo", velo_from_pylo(tensors)))
-    else:
-        architecture, theta = "velo", velo_from_msgpack(contents[0])
-    return architecture, theta
+    if not any(content[8:9] == b"{" for content in contents):
+        return "velo", velo_from_msgpack(contents[0])
+    tensors = {}
+    for content in contents:
+        arrays = read_safetensors(content)
+        if both := set(tensors) & set(arrays):
+            raise ValueError(f"two of its files have a tensor {min(both)!r:.80}")
+        tensors |= arrays
+    if any(name.startswith("network.") for name in tensors):
+        return "small_fc_lopt", mulo_from_pylo(tensors)
+    return "velo", velo_from_pylo(tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -188,7 +188,8 @@ def first_learned(settings: Settings, first: lopt.Learned | None = None) -> lopt
 
     was, now = first.parametrization, learned.parametrization
     both = {"optimizer": (first.architecture, learned.architecture),
-            **{name: (size, getattr(settings, name)) for name, size in sizes(first).items()},
+            **{name: (size, getattr(settings, name))
+               for name, size in network_sizes(first).items()},
             "parametrization": (was.name, now.name),
             **{name: (getattr(was, name), getattr(now, name)) for name in MULTIPLIERS},
             "step_mult": (first.step_mult, learned.step_mult),
@@ -236,7 +237,7 @@ def without_theta(settings: Settings) -> lopt.Learned:
                         decay=settings.decay, horizon=settings.horizon)
 
 
-def sizes(learned: lopt.Learned) -> dict[str, int]:
+def network_sizes(learned: lopt.Learned) -> dict[str, int]:
     """The settings that say how large a learned optimizer's networks are, read from its θ."""
     theta = learned.theta
     if learned.architecture == "velo":
@@ -1013,7 +1014,7 @@ def run(argv: Sequence[str] | None) -> int:
     if checkpoint is None:
         first = None if settings.first_theta is None else lopt.load(settings.first_theta)
         if first is not None:
-            own = {name: size for name, size in sizes(first).items() if name not in given}
+            own = {name: size for name, size in network_sizes(first).items() if name not in given}
             settings = dataclasses.replace(settings, **own)
         learned = first_learned(settings, first)
     elif checkpoint.about["data"] != data:

@@ -14,6 +14,12 @@ sys.path.insert(0, str(ROOT))
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 
+def tree(data, prefix):
+    """The arrays of a golden file whose names begin with prefix/."""
+    import jax.numpy as jnp  # not before the devices are set
+    return {name[len(prefix) + 1:]: jnp.asarray(data[name]) for name in data.files if name.startswith(prefix + "/")}
+
+
 def side_by_side(function, *xs):
     """[function(*x) for x in zip(*xs)] in threads: what each compiles is compiled on a core of its own."""
     with concurrent.futures.ThreadPoolExecutor(2) as threads:

@@ -10,17 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN_DIR, side_by_side
+from conftest import GOLDEN_DIR, side_by_side, tree
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lopt
 import mup
-
-
-def tree(data, prefix):
-    """The arrays of a golden file whose names begin with prefix/."""
-    return {name[len(prefix) + 1:]: jnp.asarray(data[name]) for name in data.files if name.startswith(prefix + "/")}
 
 
 def steps(data, prefix):

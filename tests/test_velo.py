@@ -4,14 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN_DIR
+from conftest import GOLDEN_DIR, tree
 
 import lopt
-
-
-def tree(data, prefix):
-    """The arrays of a golden file whose names begin with prefix/."""
-    return {name[len(prefix) + 1:]: jnp.asarray(data[name]) for name in data.files if name.startswith(prefix + "/")}
 
 
 def some_learned(lstm_hidden=8, bank=5, seed=0):
