@@ -613,12 +613,13 @@ def adamw(learning_rate: float | Array | Callable[[Array], Array], *, b1: float 
     def update(grads: Tree, state: AdamState, params: Tree, *, value: Array | None = None) -> tuple[Tree, AdamState]:
         eta = learning_rate(state.step) if callable(learning_rate) else learning_rate
         t = state.step.astype(jnp.float32) + 1.0
+        correction1, correction2 = 1.0 - b1**t, 1.0 - b2**t
 
         def of_tensor(p: Array, g: Array, m: Array, v: Array, multiplier: float | Array):
             p32, g = (jnp.asarray(x, working_type(p)) for x in (p, g))
             m = b1 * m + (1.0 - b1) * g
             v = b2 * v + (1.0 - b2) * g * g
-            m_hat, v_hat = m / (1.0 - b1**t), v / (1.0 - b2**t)
+            m_hat, v_hat = m / correction1, v / correction2
             u = -eta * multiplier * (m_hat / (jnp.sqrt(v_hat) + eps) + weight_decay * p32) - decay * p32
             return as_type_of(p, u), m, v
 
