@@ -276,21 +276,39 @@ def dense(w: Array, x: Array, b: Array) -> Array:
     return jnp.tensordot(w.T, x, 1) + b.reshape(-1, *(1,) * (x.ndim - 1))
 
 
-def mlp_update(learned: Learned, hidden: Array) -> Array:
-    """step_mult · d · exp(exp_mult · s), from the pre-activations of the MLP's first layer: [H, S] → [S]."""
-    theta, i = learned.theta, 1
+def mlp(theta: dict[str, Array], hidden: Array) -> Array:
+    """The MLP from the pre-activations of its first layer on: [H, S] → its outputs, [2, S] for small_fc_lopt."""
+    i = 1
     while f"w{i}" in theta:
         hidden = dense(theta[f"w{i}"], jax.nn.relu(hidden), theta[f"b{i}"])
         i += 1
-    d, s = hidden
-    return learned.step_mult * d * jnp.exp(learned.exp_mult * s)
+    return hidden
 
 
-def plain_update(learned: Learned, tensor: Statistics, t: Array) -> Array:
+class PerWeight(NamedTuple):
+    """What is done for each weight of a tensor.
+
+    features: of the tensor's statistics, the list of what the MLP reads. theta: the MLP's w0, b0, w1, b1, …
+    step: of each of the MLP's outputs [S], the update [S].
+    """
+    features: Callable[[Statistics], list[Feature]]
+    theta: dict[str, Array]
+    step: Callable[..., Array]
+
+
+def small_fc_lopt(learned: Learned, t: Array) -> PerWeight:
+    """small_fc_lopt's: 39 features, the MLP θ, and the update step_mult · d · exp(exp_mult · s)."""
+    def step(d: Array, s: Array) -> Array:
+        return learned.step_mult * d * jnp.exp(learned.exp_mult * s)
+
+    return PerWeight(lambda tensor: features(tensor, t), learned.theta, step)
+
+
+def plain_update(rule: PerWeight, tensor: Statistics) -> Array:
     """The update of one tensor [S], as it is defined: all features of every weight go through the MLP."""
-    blocks = map(normalise, features(tensor, t))
+    blocks = map(normalise, rule.features(tensor))
     x = jnp.concatenate([jnp.broadcast_to(block, (len(block), *tensor.g.shape)) for block in blocks])  # [F, S]
-    return mlp_update(learned, dense(learned.theta["w0"], x, learned.theta["b0"]))
+    return rule.step(*mlp(rule.theta, dense(rule.theta["w0"], x, rule.theta["b0"])))
 
 
 class LearnedOptimizerState(NamedTuple):
@@ -331,8 +349,8 @@ def learned_optimizer(learned: Learned, update_multipliers: Tree = 1.0, gradient
             g, p = (jnp.asarray(x, working_type(p)) for x in (g, p))
             g = gradient_multiplier * jnp.where(jnp.isfinite(g), g, 0.0)
             averages = update_averages(averages, g, decays)
-            # plain_update(learned, statistics(averages, g, p), t) is the same, only slower.
-            step = in_chunks(learned, statistics(averages, g, p), t)
+            # `plain_update` of the same arguments is the same, only slower.
+            step = in_chunks(small_fc_lopt(learned, t), statistics(averages, g, p))
             step = multiplier * step  # μP acts here: a hidden weight moves 1/fan_in as far
             return -step - learned.decay * p, averages
 
@@ -431,8 +449,13 @@ def lstm(theta: dict[str, Array], x: Array, hidden: Array, cell: Array) -> tuple
 
 
 def mix_bank(theta: dict[str, Array], controls: Array) -> dict[str, Array]:
-    """Each tensor's own MLP: its weights and biases are 100 · mean_k controls_k · bank_k, [T, K] → {name: [T, …]}."""
+    """Each tensor's own MLP: its weights and biases are 100 · mean_k controls_k · bank_k, [T, K] → {name: [T, …]}.
+
+    In θ the matrix of the first layer lies in pieces, w0__0, w0__1, …, one for each block of features.
+    """
     bank = {name.removeprefix("ff_mod_stack/~/"): x for name, x in theta.items() if name.startswith("ff_mod_stack/")}
+    pieces = [bank.pop(f"w0__{i}") for i in range(sum(name.startswith("w0__") for name in bank))]
+    bank["w0"] = jnp.concatenate(pieces, axis=1)  # [K, 30, 4]
     return {name: 100.0 / len(x) * jnp.tensordot(controls, x, 1) for name, x in bank.items()}
 
 
@@ -441,7 +464,7 @@ def mix_bank(theta: dict[str, Array], controls: Array) -> dict[str, Array]:
 
 
 def element_inputs(tensor: Statistics) -> list[Feature]:
-    """What the MLP reads of each weight: 30 features in 14 blocks, each of which has a matrix w0__0 … w0__13."""
+    """What the MLP reads of each weight: 30 features in 14 blocks."""
     g, p, m, v, r, c, rho, kappa = tensor
     if rho is None:  # fewer than two axes
         g_scale, m_scale = rsqrt_plus(r + 1e-9), lax.rsqrt(r)
@@ -466,17 +489,16 @@ def element_inputs(tensor: Statistics) -> list[Feature]:
     ]
 
 
-def tensor_update(learned: Learned, mlp: dict[str, Array], lr_mult: Array, tensor: Statistics) -> Array:
-    """The update of one tensor [S] by its own MLP, lr_mult · d · scale · exp(exp_mult · s) · step_mult.
+def velo_rule(learned: Learned, mlp: dict[str, Array], lr_mult: Array, p: Array) -> PerWeight:
+    """VeLO's for a tensor p: 30 features, the tensor's own MLP, and lr_mult · d · RMS(p) · exp(exp_mult · s) · step_mult.
 
     lr_mult is the tensor's, d and s are the weight's. The third output of the MLP is not used.
     """
-    hidden = sum(jnp.tensordot(mlp[f"w0__{i}"].T, normalise(x), 1) for i, x in enumerate(element_inputs(tensor)))
-    hidden = hidden + mlp["b0"].reshape(-1, *(1,) * tensor.g.ndim)  # [4, S]
-    hidden = dense(mlp["w1"], jax.nn.relu(hidden), mlp["b1"])
-    d, s, _ = dense(mlp["w2"], jax.nn.relu(hidden), mlp["b2"])
-    scale = jnp.sqrt(jnp.mean(tensor.p * tensor.p) + 1e-9)
-    return lr_mult * d * scale * jnp.exp(learned.exp_mult * s) * learned.step_mult
+    def step(d: Array, s: Array, _: Array) -> Array:
+        return lr_mult * d * scale * jnp.exp(learned.exp_mult * s) * learned.step_mult
+
+    scale = jnp.sqrt(jnp.mean(p * p) + 1e-9)
+    return PerWeight(element_inputs, mlp, step)
 
 
 class VeLOState(NamedTuple):
@@ -535,8 +557,8 @@ def velo(learned: Learned, update_multipliers: Tree = 1.0, gradient_multiplier: 
         multipliers = multiplier_of_each(update_multipliers, params)
         updates = [jnp.zeros_like(p) for p in leaves]
         for j, i in enumerate(present):
-            mlp = {name: w[j] for name, w in mlps.items()}
-            step = tensor_update(learned, mlp, lr_mults[j], statistics(averages[j], gs[j], ps[j]))
+            rule = velo_rule(learned, {name: w[j] for name, w in mlps.items()}, lr_mults[j], ps[j])
+            step = in_chunks(rule, statistics(averages[j], gs[j], ps[j]))
             step = multipliers[i] * step  # μP acts here, as in `learned_optimizer`
             updates[i] = as_type_of(leaves[i], -step - learned.decay * ps[j])
         return treedef.unflatten(updates), VeLOState(state.step + 1, losses, hidden, cell, averages)
@@ -771,7 +793,7 @@ def check_shapes(shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[i
 CHUNK = {"cpu": 2048, "gpu": 2**16, "tpu": 2**16}
 
 
-def in_chunks(learned: Learned, tensor: Statistics, t: Array) -> Array:
+def in_chunks(rule: PerWeight, tensor: Statistics) -> Array:
     """`plain_update`, several times as fast and with little memory, for any list of features and any MLP.
 
     Two identities save most of the first layer. Features that vary along some axes only are multiplied by their rows of
@@ -789,7 +811,7 @@ def in_chunks(learned: Learned, tensor: Statistics, t: Array) -> Array:
     rows_at_once = max(1, min(rows, CHUNK[jax.default_backend()] // (math.prod(others) * columns)))
     chunks = -(-rows // rows_at_once)
 
-    theta, blocks = learned.theta, features(tensor, t)
+    theta, blocks = rule.theta, rule.features(tensor)
     ends = np.cumsum([len(f.values) for f in blocks])
     w0 = [theta["w0"][end - len(f.values):end] for f, end in zip(blocks, ends)]
     per_weight = [i for i, f in enumerate(blocks) if f.values.shape[1:] == tensor.g.shape]
@@ -803,7 +825,7 @@ def in_chunks(learned: Learned, tensor: Statistics, t: Array) -> Array:
         return lax.dynamic_slice_in_dim(x, first_row(i), rows_at_once, -2, allow_negative_indices=False)
 
     def features_of_chunk(i):  # those of every weight: [K, O, a, B]
-        made = features(jax.tree.map(lambda x: cut(x, i), tensor), t)
+        made = rule.features(jax.tree.map(lambda x: cut(x, i), tensor))
         return jnp.concatenate([made[j].values for j in per_weight])  # of up to eight parts XLA makes one slow loop
 
     def add_squares(i, total):
@@ -836,7 +858,7 @@ def in_chunks(learned: Learned, tensor: Statistics, t: Array) -> Array:
         hidden = (w0_per_weight @ x.reshape(len(x), -1)).reshape(-1, *x.shape[1:]) + hidden_of_all
         if not isinstance(hidden_of_rows, float):
             hidden = hidden + cut(hidden_of_rows, i)  # [H, O, a, B]
-        step = mlp_update(learned, hidden.reshape(len(hidden), -1)).reshape(x.shape[1:])
+        step = rule.step(*mlp(theta, hidden.reshape(len(hidden), -1))).reshape(x.shape[1:])
         if chunks == 1:
             return step
         return lax.dynamic_update_slice_in_dim(update, step, first_row(i), -2, allow_negative_indices=False)
@@ -1354,7 +1376,7 @@ def main() -> None:
         loss, g = value_and_grad(weights)
         updates, state = update(g, state, weights)
         tensors.append(statistics(state.averages[0], g, weights))
-        plain = -plain_update(learned, tensors[-1], t)
+        plain = -plain_update(small_fc_lopt(learned, t), tensors[-1])
         lines.append(f"  {t:4}{loss:9.4f}{rms(updates):13.6f}{jnp.max(jnp.abs(updates - plain)):14.1e}")
         weights = apply_updates(weights, updates)
     print(f"The {feature_count()} features of a 6 × 8 weight matrix in least squares.")

@@ -187,7 +187,7 @@ def meets_the_plain_update(learned, shapes=AXES, steps=3):
     optimizer = lopt.learned_optimizer(learned)
     init, update = jax.jit(optimizer.init), jax.jit(optimizer.update)
     plain = jax.jit(lambda averages, grads, params, t: [
-        lopt.plain_update(learned, lopt.statistics(*tensor), t) for tensor in zip(averages, grads, params)])
+        lopt.plain_update(lopt.small_fc_lopt(learned, t), lopt.statistics(*tensor)) for tensor in zip(averages, grads, params)])
     state = init(params)
     for t in range(steps):
         grads = [draw(shape) for shape in shapes]
