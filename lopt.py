@@ -24,6 +24,7 @@ features; H hidden units of the MLP; of VeLO: T tensors with at least one weight
 bank.
 """
 
+import collections
 import contextlib
 import errno
 import functools
@@ -35,6 +36,7 @@ import os
 import pathlib
 import struct
 import sys
+import types
 import zipfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -162,6 +164,7 @@ class Statistics(NamedTuple):
     """All that the features of one tensor are made of: g, p, v [S]; m [3, S]; r, c [3, S] as in `Averages`.
 
     rho, kappa: Adafactor's factors ρ and κ, shaped as r and c; None for a tensor that is not factored, where c is r.
+    t: updates made before this one, a number.
     """
     g: Array
     p: Array
@@ -171,6 +174,7 @@ class Statistics(NamedTuple):
     c: Array
     rho: Array | None
     kappa: Array | None
+    t: Array
 
 
 def rsqrt_plus(x: Array) -> Array:
@@ -178,16 +182,16 @@ def rsqrt_plus(x: Array) -> Array:
     return lax.rsqrt(jnp.maximum(x, 1e-9))
 
 
-def statistics(averages: Averages, g: Array, p: Array) -> Statistics:
+def statistics(averages: Averages, g: Array, p: Array, t: Array) -> Statistics:
     """A tensor's statistics, with ρ_i = rsqrt₊(r_i / (mean_d1 r_i + 1e-9)) and κ_i = rsqrt₊(c_i).
 
     averages: those that g has entered already.
     """
     m, v, r, c = averages
     if c is None:
-        return Statistics(g, p, m, v, r, r, None, None)
+        return Statistics(g, p, m, v, r, r, None, None, t)
     _, d1 = largest_axes(g.shape)
-    return Statistics(g, p, m, v, r, c, rsqrt_plus(r / (jnp.mean(r, d1, keepdims=True) + 1e-9)), rsqrt_plus(c))
+    return Statistics(g, p, m, v, r, c, rsqrt_plus(r / (jnp.mean(r, d1, keepdims=True) + 1e-9)), rsqrt_plus(c), t)
 
 
 class Feature(NamedTuple):
@@ -200,18 +204,18 @@ class Feature(NamedTuple):
     normalised: bool = True
 
 
-def features(tensor: Statistics, t: Array) -> list[Feature]:
-    """small_fc_lopt's features, in its order. t: updates made before this one.
+def features(tensor: Statistics) -> list[Feature]:
+    """small_fc_lopt's features, in its order.
 
     To change the learned optimizer, add, change or drop a line: all else follows from this list.
     """
-    g, p, m, v, r, c, rho, kappa = tensor
+    g, p, m, v, r, c, rho, kappa, t = tensor
     if rho is None:  # fewer than two axes
         g_scale, m_scale = rsqrt_plus(r + 1e-9), lax.rsqrt(r + 1e-6)
     else:
         g_scale = m_scale = rho * kappa
     rsqrt_v = lax.rsqrt(v + 1e-6)
-    tau = jnp.asarray(TIMESCALES, jnp.float32).reshape(-1, *(1,) * g.ndim)
+    tau = jnp.concatenate([jnp.full((1,) * (g.ndim + 1), tau, jnp.float32) for tau in TIMESCALES])
     return [
         Feature("g", g[None]),                                             # 0
         Feature("p", p[None]),                                             # 1
@@ -219,7 +223,7 @@ def features(tensor: Statistics, t: Array) -> list[Feature]:
         Feature("v", v[None]),                                             # 5
         Feature("m rsqrt(v+1e-6)", m * rsqrt_v),                           # 6–8
         Feature("rsqrt(v+1e-6)", rsqrt_v[None]),                           # 9
-        *[Feature("g ρκ", (g * scale)[None]) for scale in g_scale],        # 10–12
+        *[Feature("g ρκ", g * x) for x in jnp.split(g_scale, len(g_scale))],  # 10–12
         Feature("r", r),                                                   # 13–15
         Feature("c", c),                                                   # 16–18
         Feature("rsqrt(r+1e-8)", lax.rsqrt(r + 1e-8)),                     # 19–21
@@ -230,12 +234,18 @@ def features(tensor: Statistics, t: Array) -> list[Feature]:
 
 
 def normalise(feature: Feature) -> Array:
-    """A block of features [f, S] as the MLP takes it: each divided by its root mean square over the tensor,
-    x · rsqrt(1e-5 + mean x²), unless it is not to be normalised."""
+    """A block of features [f, S] as the MLP takes it, each multiplied by its `scale`."""
+    return feature.values * scale(feature)
+
+
+def scale(feature: Feature) -> Array:
+    """1 over the root mean square of each feature of a block over the tensor, rsqrt(1e-5 + mean x²): [f, 1, …].
+
+    1 where they are not to be normalised.
+    """
     x = feature.values
-    if not feature.normalised:
-        return x
-    return x * lax.rsqrt(1e-5 + jnp.mean(x * x, axis=tuple(range(1, x.ndim)), keepdims=True))
+    mean_square = jnp.mean(x * x, axis=tuple(range(1, x.ndim)), keepdims=True)
+    return lax.rsqrt(1e-5 + mean_square) if feature.normalised else jnp.ones_like(mean_square)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -257,18 +267,18 @@ def init_theta(key: Array, hidden: int = 32) -> dict[str, Array]:
 
 def feature_count() -> int:
     """How many features there are."""
-    return sum(block_sizes(lambda tensor: features(tensor, 0)))
+    return sum(block_sizes(features))
 
 
 def block_sizes(features_of: Callable[[Statistics], list[Feature]]) -> list[int]:
     """How many features each block of a list has; nothing is computed for it."""
-    return [block.shape[0] for block in jax.eval_shape(lambda: [f.values for f in on_one_weight(features_of)])]
+    return [block.shape[0] for block in jax.eval_shape(lambda: [f.values for f in features_of(of_one_weight())])]
 
 
-def on_one_weight(features_of: Callable[[Statistics], list[Feature]]) -> list[Feature]:
-    """A list of features for a tensor of one weight."""
+def of_one_weight() -> Statistics:
+    """The statistics of a tensor of one weight, to ask a list of features how it is made."""
     one = jnp.zeros((1, 1))
-    return features_of(statistics(init_averages(one), one, one))
+    return statistics(init_averages(one), one, one, 0)
 
 
 def dense(w: Array, x: Array, b: Array) -> Array:
@@ -285,30 +295,21 @@ def mlp(theta: dict[str, Array], hidden: Array) -> Array:
     return hidden
 
 
-class PerWeight(NamedTuple):
-    """What is done for each weight of a tensor.
+def plain_update(features_of: Callable[[Statistics], list[Feature]], learned: Learned, tensor: Statistics) -> Array:
+    """The update of one tensor [S] as it is defined, step_mult · d · exp(exp_mult · s).
 
-    features: of the tensor's statistics, the list of what the MLP reads. theta: the MLP's w0, b0, w1, b1, …
-    step: of each of the MLP's outputs [S], the update [S].
+    All features of every weight go through the MLP, whose first two outputs are d and s.
     """
-    features: Callable[[Statistics], list[Feature]]
-    theta: dict[str, Array]
-    step: Callable[..., Array]
-
-
-def small_fc_lopt(learned: Learned, t: Array) -> PerWeight:
-    """small_fc_lopt's: 39 features, the MLP θ, and the update step_mult · d · exp(exp_mult · s)."""
-    def step(d: Array, s: Array) -> Array:
-        return learned.step_mult * d * jnp.exp(learned.exp_mult * s)
-
-    return PerWeight(lambda tensor: features(tensor, t), learned.theta, step)
-
-
-def plain_update(rule: PerWeight, tensor: Statistics) -> Array:
-    """The update of one tensor [S], as it is defined: all features of every weight go through the MLP."""
-    blocks = map(normalise, rule.features(tensor))
+    theta = learned.theta
+    blocks = map(normalise, features_of(tensor))
     x = jnp.concatenate([jnp.broadcast_to(block, (len(block), *tensor.g.shape)) for block in blocks])  # [F, S]
-    return rule.step(*mlp(rule.theta, dense(rule.theta["w0"], x, rule.theta["b0"])))
+    return step(learned, mlp(theta, dense(theta["w0"], x, theta["b0"])))
+
+
+def step(learned: Learned, outputs: Array) -> Array:
+    """step_mult · d · exp(exp_mult · s): the MLP's outputs (d, s, …), [≥ 2, S] → [S]."""
+    d, s, *_ = outputs
+    return learned.step_mult * d * jnp.exp(learned.exp_mult * s)
 
 
 class LearnedOptimizerState(NamedTuple):
@@ -350,9 +351,9 @@ def learned_optimizer(learned: Learned, update_multipliers: Tree = 1.0, gradient
             g = gradient_multiplier * jnp.where(jnp.isfinite(g), g, 0.0)
             averages = update_averages(averages, g, decays)
             # `plain_update` of the same arguments is the same, only slower.
-            step = in_chunks(small_fc_lopt(learned, t), statistics(averages, g, p))
-            step = multiplier * step  # μP acts here: a hidden weight moves 1/fan_in as far
-            return -step - learned.decay * p, averages
+            update = fast_update(features, learned, statistics(averages, g, p, t))
+            update = multiplier * update  # μP acts here: a hidden weight moves 1/fan_in as far
+            return -update - learned.decay * p, averages
 
         leaves, treedef = jax.tree.flatten(params)
         moved = [of_tensor(*x) for x in zip(treedef.flatten_up_to(grads), leaves, state.averages,
@@ -465,7 +466,7 @@ def mix_bank(theta: dict[str, Array], controls: Array) -> dict[str, Array]:
 
 def element_inputs(tensor: Statistics) -> list[Feature]:
     """What the MLP reads of each weight: 30 features in 14 blocks."""
-    g, p, m, v, r, c, rho, kappa = tensor
+    g, p, m, v, r, c, rho, kappa, _ = tensor
     if rho is None:  # fewer than two axes
         g_scale, m_scale = rsqrt_plus(r + 1e-9), lax.rsqrt(r)
     else:
@@ -487,18 +488,6 @@ def element_inputs(tensor: Statistics) -> list[Feature]:
         Feature("rsqrt(c+1e-8)", lax.rsqrt(c + 1e-8)),           # 12
         Feature("m ρκ", m * m_scale),                            # 13
     ]
-
-
-def velo_rule(learned: Learned, mlp: dict[str, Array], lr_mult: Array, p: Array) -> PerWeight:
-    """VeLO's for a tensor p: 30 features, the tensor's own MLP, and lr_mult · d · RMS(p) · exp(exp_mult · s) · step_mult.
-
-    lr_mult is the tensor's, d and s are the weight's. The third output of the MLP is not used.
-    """
-    def step(d: Array, s: Array, _: Array) -> Array:
-        return lr_mult * d * scale * jnp.exp(learned.exp_mult * s) * learned.step_mult
-
-    scale = jnp.sqrt(jnp.mean(p * p) + 1e-9)
-    return PerWeight(element_inputs, mlp, step)
 
 
 class VeLOState(NamedTuple):
@@ -557,10 +546,12 @@ def velo(learned: Learned, update_multipliers: Tree = 1.0, gradient_multiplier: 
         multipliers = multiplier_of_each(update_multipliers, params)
         updates = [jnp.zeros_like(p) for p in leaves]
         for j, i in enumerate(present):
-            rule = velo_rule(learned, {name: w[j] for name, w in mlps.items()}, lr_mults[j], ps[j])
-            step = in_chunks(rule, statistics(averages[j], gs[j], ps[j]))
-            step = multipliers[i] * step  # μP acts here, as in `learned_optimizer`
-            updates[i] = as_type_of(leaves[i], -step - learned.decay * ps[j])
+            own = learned._replace(theta={name: w[j] for name, w in mlps.items()})
+            # The third output of the tensor's own MLP is not used.
+            update = fast_update(element_inputs, own, statistics(averages[j], gs[j], ps[j], state.step))
+            update = lr_mults[j] * jnp.sqrt(jnp.mean(ps[j] * ps[j]) + 1e-9) * update
+            update = multipliers[i] * update  # μP acts here, as in `learned_optimizer`
+            updates[i] = as_type_of(leaves[i], -update - learned.decay * ps[j])
         return treedef.unflatten(updates), VeLOState(state.step + 1, losses, hidden, cell, averages)
 
     return Optimizer(init, sharded(update))
@@ -788,12 +779,18 @@ def check_shapes(shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[i
 
 # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ waterline: the paper above, the machine below ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 
+def fast_update(features_of: Callable[[Statistics], list[Feature]], learned: Learned, tensor: Statistics) -> Array:
+    """`plain_update`, by the fastest way that there is where JAX computes."""
+    fits = jax.default_backend() == "gpu" and tensor.g.dtype == jnp.float32 and is_made_by_decays(features_of)
+    return (in_one_kernel if fits else in_chunks)(features_of, learned, tensor)
+
+
 # How many weights of one network go through the MLP at once. On a CPU the activations of two networks, which PES
 # updates side by side, then stay in the L2 cache (1.5 times as fast as whole tensors); on a GPU it bounds the memory.
 CHUNK = {"cpu": 2048, "gpu": 2**16, "tpu": 2**16}
 
 
-def in_chunks(rule: PerWeight, tensor: Statistics) -> Array:
+def in_chunks(features_of: Callable[[Statistics], list[Feature]], learned: Learned, tensor: Statistics) -> Array:
     """`plain_update`, several times as fast and with little memory, for any list of features and any MLP.
 
     Two identities save most of the first layer. Features that vary along some axes only are multiplied by their rows of
@@ -806,26 +803,25 @@ def in_chunks(rule: PerWeight, tensor: Statistics) -> Array:
     Dimensions: A and B the tensor's two largest axes in the order in which they stand, O all others, before them; a
     tensor with fewer than two axes is [A, 1].
     """
-    shape, tensor = tensor.g.shape, jax.tree.map(lambda x: _as_oab(x, tensor.g.shape), tensor)
+    shape = tensor.g.shape
+    tensor = jax.tree.map(lambda x: _as_oab(x, shape), tensor._replace(t=None))._replace(t=tensor.t)
     *others, rows, columns = tensor.g.shape
     rows_at_once = max(1, min(rows, CHUNK[jax.default_backend()] // (math.prod(others) * columns)))
     chunks = -(-rows // rows_at_once)
 
-    theta, blocks = rule.theta, rule.features(tensor)
-    ends = np.cumsum([len(f.values) for f in blocks])
-    w0 = [theta["w0"][end - len(f.values):end] for f, end in zip(blocks, ends)]
-    per_weight = [i for i, f in enumerate(blocks) if f.values.shape[1:] == tensor.g.shape]
+    theta, blocks = learned.theta, features_of(tensor)
+    w0, per_weight = _rows_of_w0(theta, blocks), _of_every_weight(blocks, tensor)
 
     def first_row(i):  # of chunk i; the last overlaps the one before where rows_at_once does not divide rows
         return jnp.minimum(i * rows_at_once, rows - rows_at_once)
 
     def cut(x, i):  # its rows in chunk i
-        if x.shape[-2] == 1 or chunks == 1:
+        if x.ndim == 0 or x.shape[-2] == 1 or chunks == 1:
             return x
         return lax.dynamic_slice_in_dim(x, first_row(i), rows_at_once, -2, allow_negative_indices=False)
 
     def features_of_chunk(i):  # those of every weight: [K, O, a, B]
-        made = rule.features(jax.tree.map(lambda x: cut(x, i), tensor))
+        made = features_of(jax.tree.map(lambda x: cut(x, i), tensor))
         return jnp.concatenate([made[j].values for j in per_weight])  # of up to eight parts XLA makes one slow loop
 
     def add_squares(i, total):
@@ -838,32 +834,171 @@ def in_chunks(rule: PerWeight, tensor: Statistics) -> Array:
     inputs = sum(len(w0[j]) for j in per_weight)
     squares = _loop(chunks, add_squares, jnp.zeros(inputs, tensor.g.dtype))
     normalised = np.concatenate([np.full(len(w0[j]), blocks[j].normalised) for j in per_weight])
-    scale = jnp.where(normalised, lax.rsqrt(1e-5 + squares / tensor.g.size), 1.0)
-    w0_per_weight = (jnp.concatenate([w0[j] for j in per_weight]) * scale[:, None]).T  # [H, K]
+    scales = jnp.where(normalised, lax.rsqrt(1e-5 + squares / tensor.g.size), 1.0)
+    w0_per_weight = (jnp.concatenate([w0[j] for j in per_weight]) * scales[:, None]).T  # [H, K]
 
-    hidden_of_rows, hidden_of_all = 0.0, theta["b0"].reshape(-1, *(1,) * tensor.g.ndim)  # [H, O, A, 1], [H, O, 1, B]
-    for where in sorted({f.values.shape[1:] for f in blocks} - {tensor.g.shape}):
-        here = [j for j, f in enumerate(blocks) if f.values.shape[1:] == where]
-        x = jnp.concatenate([normalise(blocks[j]) for j in here])
-        hidden = jnp.einsum("fh,f...->h...", jnp.concatenate([w0[j] for j in here]), x)
-        if where[-2] > 1:
-            hidden_of_rows = hidden_of_rows + hidden
-        else:
-            hidden_of_all = hidden_of_all + hidden
+    hidden_of_rows, hidden_of_all = _hidden_of_others(theta, blocks, tensor)
     # What the rows share is laid out once for a whole chunk: XLA's loop then adds it four times faster.
     hidden_of_all = jnp.broadcast_to(hidden_of_all, (len(theta["b0"]), *others, rows_at_once, columns))
 
     def write_update(i, update):
         x = features_of_chunk(i)
         hidden = (w0_per_weight @ x.reshape(len(x), -1)).reshape(-1, *x.shape[1:]) + hidden_of_all
-        if not isinstance(hidden_of_rows, float):
+        if hidden_of_rows is not None:
             hidden = hidden + cut(hidden_of_rows, i)  # [H, O, a, B]
-        step = rule.step(*mlp(theta, hidden.reshape(len(hidden), -1))).reshape(x.shape[1:])
+        new = step(learned, mlp(theta, hidden.reshape(len(hidden), -1))).reshape(x.shape[1:])
         if chunks == 1:
-            return step
-        return lax.dynamic_update_slice_in_dim(update, step, first_row(i), -2, allow_negative_indices=False)
+            return new
+        return lax.dynamic_update_slice_in_dim(update, new, first_row(i), -2, allow_negative_indices=False)
 
     return _from_oab(_loop(chunks, write_update, jnp.zeros_like(tensor.g)), shape)
+
+
+def _rows_of_w0(theta: dict[str, Array], blocks: list[Feature]) -> list[Array]:
+    """The rows of w0 that belong to each block of features, [f, H] each."""
+    return jnp.split(theta["w0"], np.cumsum([len(f.values) for f in blocks])[:-1])
+
+
+def _of_every_weight(blocks: list[Feature], tensor: Statistics) -> list[int]:
+    """Which blocks vary along all axes."""
+    return [i for i, f in enumerate(blocks) if f.values.shape[1:] == tensor.g.shape]
+
+
+def _hidden_of_others(theta: dict[str, Array], blocks: list[Feature], tensor: Statistics) -> tuple[Array | None, Array]:
+    """What the bias, and the features that do not vary along all axes, give to the first layer of the MLP.
+
+    (That of features of the rows [H, O, A, 1], None where there are none; all else [H, O, 1, B], or of length 1.)
+    """
+    w0, of_rows, of_all = _rows_of_w0(theta, blocks), None, theta["b0"].reshape(-1, *(1,) * tensor.g.ndim)
+    for where in sorted({f.values.shape[1:] for f in blocks} - {tensor.g.shape}):
+        here = [j for j, f in enumerate(blocks) if f.values.shape[1:] == where]
+        x = jnp.concatenate([normalise(blocks[j]) for j in here])
+        hidden = jnp.einsum("fh,f...->h...", jnp.concatenate([w0[j] for j in here]), x)
+        if where[-2] > 1:
+            of_rows = hidden if of_rows is None else of_rows + hidden
+        else:
+            of_all = of_all + hidden
+    return of_rows, of_all
+
+
+# How many weights one program of the GPU takes.
+WEIGHTS_OF_A_PROGRAM = 128
+
+
+def in_one_kernel(features_of: Callable[[Statistics], list[Feature]], learned: Learned, tensor: Statistics,
+                  interpret: bool = False) -> Array:
+    """`plain_update` as one kernel of a GPU (Pallas, by way of Triton): hidden units never leave its registers.
+
+    The two identities are those of `in_chunks`. Between kernels a weight's hidden units would cross the memory, about
+    1,100 bytes for each weight, where its state, gradient, value and update are 28.
+
+    interpret: computes the same without a GPU, slowly. Dimensions: O, A, B as in `in_chunks`; K features of every
+    weight; n weights of a program.
+    """
+    from jax.experimental.pallas import pallas_call, program_id, triton
+
+    shape, t = tensor.g.shape, tensor.t
+    tensor = jax.tree.map(lambda x: _as_oab(x, shape), tensor._replace(t=None))
+    whole, others = tensor.g.shape, tensor.g.ndim - 2  # O may have any number of axes, and gets one
+    tensor = jax.tree.map(lambda x: x.reshape(*x.shape[:x.ndim - others - 2], -1, *x.shape[-2:]), tensor)
+    tensor = tensor._replace(t=jnp.float32(t))
+    theta, blocks = learned.theta, features_of(tensor)
+    w0, per_weight = _rows_of_w0(theta, blocks), _of_every_weight(blocks, tensor)
+    w0 = jnp.concatenate([w0[j] * scale(blocks[j]).reshape(-1, 1) for j in per_weight])
+    last = sum(name.startswith("w") for name in theta) - 1  # the layer that puts out d and s
+
+    def padded(x, *axes):  # with zeros, along axes of hidden units: Triton takes powers of 2, its products 16 at least
+        size = [max(16, 1 << (n - 1).bit_length()) if i in axes else n for i, n in enumerate(x.shape)]
+        return jnp.pad(x, [(0, more - n) for n, more in zip(x.shape, size)])
+
+    of_others = [padded(jnp.moveaxis(x, 0, -1), 3)  # [O, A, 1, H] and [O, 1, B, H], or of length 1
+                 for x in _hidden_of_others(theta, blocks, tensor) if x is not None]
+    hidden_layers = [(padded(theta[f"w{i}"], 0, 1), padded(theta[f"b{i}"], 0)) for i in range(1, last)]
+    d_and_s = padded(theta[f"w{last}"].T, 1), theta[f"b{last}"]
+    arrays, structure = jax.tree.flatten((tensor, of_others, padded(w0, 1), hidden_layers, d_and_s))
+    n, (_, rows, columns) = WEIGHTS_OF_A_PROGRAM, tensor.g.shape
+
+    def kernel(*refs):  # of the arrays, all flat, and of the update
+        *refs, out = refs
+        which = program_id(0) * n + jnp.arange(n)
+        there = which < tensor.g.size  # the last program has fewer
+        o, a, b = which // (rows * columns), which // columns % rows, which % columns
+
+        def load(array, at, mask=None):
+            return triton.load(array.ref.at[at], mask=mask, other=None if mask is None else 0.0)
+
+        def at_weights(shape):  # where an array [O, A, B], each of these or 1, has the entries of the weights
+            o_, a_, b_ = (jnp.where(size > 1, i, 0) for i, size in zip((o, a, b), shape))
+            return (o_ * shape[1] + a_) * shape[2] + b_
+
+        def statistic(x):  # [n], or one for each decay, or a number
+            if not x.shape:
+                return x.ref[0]
+            at, size = at_weights(x.shape[-3:]), math.prod(x.shape[-3:])
+            each = [load(x, i * size + at, there) for i in range(math.prod(x.shape) // size)]
+            return each if len(x.shape) > 3 else each[0]
+
+        tensor_, of_others, w0, hidden_layers, (w, bias) = structure.unflatten(
+            [types.SimpleNamespace(ref=ref, shape=x.shape) for ref, x in zip(refs, arrays)])
+        tensor_, units = jax.tree.map(statistic, tensor_), jnp.arange(w0.shape[1])
+        made = _by_decays(features_of, blocks, lambda i: Statistics(*(
+            x[i][None] if isinstance(x, list) else x for x in tensor_)))
+        hidden = sum(load(x, at_weights(x.shape[:3])[:, None] * len(units) + units, there[:, None]) for x in of_others)
+        for k, x in enumerate(x for j in per_weight for x in made[j]):
+            hidden += x[:, None] * load(w0, k * len(units) + units)  # [n, H]
+        for w1, b1 in hidden_layers:
+            square = jnp.arange(w1.shape[0])[:, None] * w1.shape[1] + jnp.arange(w1.shape[1])
+            hidden = triton.dot(jax.nn.relu(hidden), load(w1, square), precision=lax.Precision.HIGHEST)
+            hidden += load(b1, jnp.arange(w1.shape[1]))
+        hidden, units = jax.nn.relu(hidden), jnp.arange(w.shape[1])
+        d, s = (jnp.sum(hidden * load(w, j * len(units) + units), 1) + bias.ref[j] for j in (0, 1))
+        triton.store(out.at[which], step(learned, (d, s)), mask=there)
+
+    update = pallas_call(kernel, jax.ShapeDtypeStruct((tensor.g.size,), tensor.g.dtype),
+                         grid=(-(-tensor.g.size // n),), interpret=interpret,
+                         compiler_params=triton.CompilerParams(num_warps=4, num_stages=1))(*map(jnp.ravel, arrays))
+    return _from_oab(update.reshape(whole), shape)
+
+
+def _by_decays(features_of: Callable[[Statistics], list[Feature]], blocks: list[Feature],
+               at_decay: Callable[[int], Statistics]) -> list[list[Array]]:
+    """The features in each of the blocks that the same list makes of a whole tensor, made for one decay at a time.
+
+    at_decay: the statistics with one decay alone, that of an index: m, r, c, rho, kappa [1, S]. A kernel needs this: it
+    has no arrays of three. Features of one name are of the three decays, or there is one of them.
+    """
+    def rows(f):
+        return [f.values.reshape(f.values.shape[1:])] if len(f.values) == 1 else list(f.values)
+
+    def by_name(features):
+        found = collections.defaultdict(list)
+        for f in features:
+            found[f.name] += rows(f)
+        return found
+
+    decays = [by_name(features_of(at_decay(i))) for i in range(len(MOMENTUM_BETAS))]
+    count = collections.Counter(f.name for f in blocks for _ in range(len(f.values)))
+    ordered = {name: iter(decays[0][name] if n == len(decays[0][name]) else [x for found in decays for x in found[name]])
+               for name, n in count.items()}
+    return [[next(ordered[f.name]) for _ in range(len(f.values))] for f in blocks]
+
+
+def is_made_by_decays(features_of: Callable[[Statistics], list[Feature]]) -> bool:
+    """Whether a list gives the same when it is made for one decay at a time: no feature mixes or selects decays.
+
+    It is tried on a tensor with random statistics.
+    """
+    with jax.ensure_compile_time_eval():
+        g, p, v, *rest = jax.random.uniform(jax.random.key(0), (18, 2, 3), minval=0.5)
+        m, r, c, rho, kappa = jnp.reshape(jnp.stack(rest), (5, 3, 2, 3))
+        tensor = Statistics(g, p, m, v, r, c, rho, kappa, jnp.float32(5.0))
+        blocks = features_of(tensor)
+        try:
+            made = _by_decays(features_of, blocks, lambda i: Statistics(*(
+                x[i:i + 1] if jnp.ndim(x) == 3 else x for x in tensor)))
+        except (TypeError, ValueError, IndexError, StopIteration):
+            return False
+        return all(np.allclose(f.values, jnp.stack(rows), 1e-5) for f, rows in zip(blocks, made))
 
 
 def _loop(n: int, body: Callable, start: Array) -> Array:
@@ -1375,15 +1510,15 @@ def main() -> None:
     for t in range(steps):
         loss, g = value_and_grad(weights)
         updates, state = update(g, state, weights)
-        tensors.append(statistics(state.averages[0], g, weights))
-        plain = -plain_update(small_fc_lopt(learned, t), tensors[-1])
+        tensors.append(statistics(state.averages[0], g, weights, t))
+        plain = -plain_update(features, learned, tensors[-1])
         lines.append(f"  {t:4}{loss:9.4f}{rms(updates):13.6f}{jnp.max(jnp.abs(updates - plain)):14.1e}")
         weights = apply_updates(weights, updates)
     print(f"The {feature_count()} features of a 6 × 8 weight matrix in least squares.")
     print(f"RMS at steps 0 and {steps - 1}; smallest and largest entry at step {steps - 1} as the MLP sees them.")
     print("Those that depend on the step t alone are not divided by their RMS.\n")
     print(f"  {'feature':20}{'shape':>12}{'RMS, 0':>11}{f'RMS, {steps - 1}':>11}{'smallest':>10}{'largest':>10}")
-    for first, last in zip(features(tensors[0], 0), features(tensors[-1], steps - 1)):
+    for first, last in zip(features(tensors[0]), features(tensors[-1])):
         for i, (a, b, seen) in enumerate(zip(first.values, last.values, normalise(last)), start=1):
             name = f"{last.name}, {i}" if len(last.values) > 1 else last.name
             shape = " × ".join(map(str, b.shape))

@@ -206,7 +206,7 @@ def adam_start(theta: dict[str, Array]) -> dict[str, Array]:
     Two hidden units carry ± the feature m₁ rsqrt(v+1e-6), which is Adam's direction, through both
     layers to d. What the other units add is a tenth of before.
     """
-    blocks = lopt.on_one_weight(lambda tensor: lopt.features(tensor, 0))
+    blocks = lopt.features(lopt.of_one_weight())
     first = [f.name for f in blocks for _ in f.values].index("m rsqrt(v+1e-6)")
     w0 = theta["w0"].at[:, :2].set(0.0).at[first, :2].set(jnp.array([1.0, -1.0]))
     w1 = theta["w1"].at[:, :2].set(0.0).at[:2].set(0.0).at[:2, :2].set(jnp.eye(2))

@@ -187,7 +187,7 @@ def meets_the_plain_update(learned, shapes=AXES, steps=3):
     optimizer = lopt.learned_optimizer(learned)
     init, update = jax.jit(optimizer.init), jax.jit(optimizer.update)
     plain = jax.jit(lambda averages, grads, params, t: [
-        lopt.plain_update(lopt.small_fc_lopt(learned, t), lopt.statistics(*tensor)) for tensor in zip(averages, grads, params)])
+        lopt.plain_update(lopt.features, learned, lopt.statistics(*tensor, t)) for tensor in zip(averages, grads, params)])
     state = init(params)
     for t in range(steps):
         grads = [draw(shape) for shape in shapes]
@@ -206,7 +206,7 @@ def test_the_features_that_are_shown_are_those_that_are_used(monkeypatch):
     t, theta = int(state.step) - 1, {name: np.asarray(x) for name, x in learned.theta.items()}
     rms_of_1 = lambda x: x / np.sqrt(1e-5 + np.mean(x**2, axis=tuple(range(1, x.ndim)), keepdims=True))
     assert lopt.feature_count() == 39
-    show = lambda *tensor: lopt.features(lopt.statistics(*tensor), t)
+    show = lambda *tensor: lopt.features(lopt.statistics(*tensor, t))
     normalised = [f.normalised for f in show(state.averages[2], grads[2], params[2])]
     values = jax.jit(lambda *tensors: [[f.values for f in show(*tensor)] for tensor in zip(*tensors)])
     for g, shown, ours in zip(grads, values(state.averages, grads, params), updates):
@@ -242,8 +242,8 @@ def test_features_may_be_added(monkeypatch):
     set_chunk(monkeypatch, 20)
     paper = lopt.features
 
-    def features(tensor, t):
-        first, *rest = paper(tensor, t)
+    def features(tensor):
+        first, *rest = paper(tensor)
         return [lopt.Feature("tanh g", jnp.tanh(tensor.g)[None], normalised=False), first,
                 lopt.Feature("log r", jnp.log(tensor.r + 1e-8)), *rest,
                 lopt.Feature("tanh c", jnp.tanh(tensor.c[:1]), normalised=False),

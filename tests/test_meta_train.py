@@ -144,8 +144,8 @@ def test_velo_trains_from_its_adam_start():
     averages = lopt.init_averages(p)._replace(m=m, v=jnp.ones((4, 6)))
     mlp = {name: x[0] for name, x in mixed.items()}
     mlp["w2"] = mlp["w2"].at[2:].set(0.0)
-    update = lopt.plain_update(lopt.velo_rule(learned, mlp, 1.0, p), lopt.statistics(averages, p, p))
-    expected = 0.03 * jnp.sqrt(jnp.mean(p**2)) * m[0] * jax.lax.rsqrt(jnp.mean(m[0]**2))
+    update = lopt.plain_update(lopt.element_inputs, learned._replace(theta=mlp), lopt.statistics(averages, p, p, 0))
+    expected = 0.03 * m[0] * jax.lax.rsqrt(jnp.mean(m[0]**2))
     np.testing.assert_allclose(update, expected, rtol=1e-3, atol=1e-5)
 
     data = tasks.load_dataset("synthetic")

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 WATERLINE = "# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ waterline: the paper above, the machine below "
-DOORS = {"mup": "standard_normals", "lopt": "in_chunks", "tasks": None, "es": "draw_key", "meta_train": "Run",
+DOORS = {"mup": "standard_normals", "lopt": "fast_update", "tasks": None, "es": "draw_key", "meta_train": "Run",
          "evaluate": "over_seeds"}
 ORDER = ("mup", "lopt", "tasks", "es", "meta_train", "evaluate")
 MAY_IMPORT = {"mup": set(), "lopt": {"mup"}, "tasks": {"mup", "lopt"}, "es": {"lopt"},
