@@ -806,7 +806,7 @@ def draw(plan: Plan, rows: Rows | None = None) -> bool:
 def carry_out(plan: Plan, dataset: tasks.Dataset) -> None:
     """Trains, writes the CSV, draws the figure, prints the table: in this order."""
     settings, outputs = plan.settings, plan.outputs
-    jax.config.update("jax_default_matmul_precision", settings.matmul_precision)
+    tasks.set_up_precision(settings.matmul_precision)
     folder = plan.journal.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1006,7 +1006,7 @@ def run(argv: Sequence[str] | None) -> int:
             check(settings)
     if not flags.distributed:
         tasks.set_up_devices(settings.pairs, flags.devices)
-    jax.config.update("jax_default_matmul_precision", settings.matmul_precision)
+    tasks.set_up_precision(settings.matmul_precision)
     mesh = make_mesh(settings.pairs, flags.devices)
 
     dataset = tasks.load_data(settings, args.download)

@@ -1033,8 +1033,9 @@ class TaskSettings:
     remat: bool = inner(False, "keep each transformer block's input only, and compute the rest again "
                         "for the gradient")
     batch_size: int = inner(64, "inner batch size", low=1, metavar="B")
-    matmul_precision: str = inner("highest", "of matrix products on a GPU; highest is float32",
-                                  choices=("highest", "tensorfloat32", "bfloat16"))
+    matmul_precision: str = inner("highest", "of matrix products on a GPU; highest is float32, "
+                                  "TF32_TF32_F32_X3 adds three products in TF32",
+                                  choices=("highest", "TF32_TF32_F32_X3", "tensorfloat32", "bfloat16"))
     seed: int = setting(0, "decides everything that is random", low=0, high=2**32 - 1, metavar="S")
 
 
@@ -1245,6 +1246,12 @@ def set_up_devices(divides: int, devices: int | None = None) -> None:
     with contextlib.suppress(RuntimeError):  # JAX has been used
         jax.config.update("jax_num_cpu_devices",
                           min(devices, 256) if devices else largest_divisor(divides, cores))
+
+
+def set_up_precision(precision: str) -> None:
+    """Makes matrix products of this precision on a GPU; on a CPU, which has no other, they are float32."""
+    jax.config.update("jax_default_matmul_precision",
+                      precision if jax.default_backend() == "gpu" else "highest")
 
 
 def devices_are_forced() -> bool:

@@ -191,7 +191,7 @@ def main() -> None:
     given = tasks.given_flags(meta_train.make_parser().parse_args(rest), meta_train.Settings)
     base = dataclasses.replace(meta_train.Settings(**TINY), **given)
     tasks.set_up_devices(base.pairs if not args.scaling else 2, None)
-    jax.config.update("jax_default_matmul_precision", base.matmul_precision)
+    tasks.set_up_precision(base.matmul_precision)
     print(f"{len(jax.devices())} × {jax.devices()[0].device_kind}, jax {jax.__version__}")
     if args.scaling:
         show_scaling(base, args.repeats)

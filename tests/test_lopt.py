@@ -271,6 +271,55 @@ def test_the_chunk_does_not_matter(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# The kernel of GPUs, computed without one
+
+
+def in_one_kernel(monkeypatch):
+    """Makes the optimizers take the GPU's kernel."""
+    monkeypatch.setattr(lopt, "fast_update", functools.partial(lopt.in_one_kernel, interpret=True))
+
+
+@pytest.mark.parametrize("sizes, shapes", [((39, 32, 32, 2), AXES), ((39, 12, 20, 7, 2), [(13, 41)]),
+                                           ((39, 5, 2), [(13, 41)])], ids=str)
+def test_the_kernel_gives_the_plain_update(sizes, shapes, monkeypatch):
+    """On tensors of 0 to 4 axes, none of a size that a program's 128 weights divide, for MLPs of any width and depth."""
+    in_one_kernel(monkeypatch)
+    meets_the_plain_update(lopt.Learned(some_mlp(*sizes), step_mult=0.1), shapes, steps=2)
+
+
+def test_the_kernel_takes_gradients_that_are_not_finite(monkeypatch):
+    in_one_kernel(monkeypatch)
+    optimizer, p = lopt.learned_optimizer(lopt.Learned(some_theta(), 0.1)), normal(1)((7, 5))
+    g = p.at[2, 3].set(jnp.nan).at[0, 0].set(jnp.inf)
+    one_update = jax.jit(lambda g: optimizer.update(g, optimizer.init(p), p)[0])
+    np.testing.assert_array_equal(one_update(g), one_update(jnp.where(jnp.isfinite(g), g, 0.0)))
+    assert np.all(np.isfinite(one_update(g)))
+
+
+def test_the_kernel_of_velo_and_of_many_networks(monkeypatch):
+    """VeLO's own list of features; and under vmap, as PES calls it."""
+    params, grads = normal(5)((6, 7)), normal(7)((3, 6, 7))
+
+    def updates():
+        optimizer = velo_with_a_loss()
+        return jax.jit(jax.vmap(lambda g: optimizer.update(g, optimizer.init(params), params)[0]))(grads)
+
+    expected = updates()
+    in_one_kernel(monkeypatch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), updates(), expected)
+
+
+@pytest.mark.parametrize("feature, goes", [
+    (lambda s: s.m[:1], True), (lambda s: jnp.log(s.r), True), (lambda s: jnp.sign(s.g)[None], True),
+    (lambda s: s.m[:2], True), (lambda s: s.m[1][None], False), (lambda s: s.m[:1] - s.m[1:2], False),
+    (lambda s: s.m[::-1], False), (lambda s: jnp.sum(s.m, 0)[None], False)])
+def test_only_lists_that_mix_no_decays_go_into_the_kernel(feature, goes):
+    """Those that do take the path in chunks on GPUs, too."""
+    assert lopt.is_made_by_decays(lopt.features) and lopt.is_made_by_decays(lopt.element_inputs)
+    assert lopt.is_made_by_decays(lambda s: [*lopt.features(s), lopt.Feature("new", feature(s))]) == goes
+
+
+# ---------------------------------------------------------------------------------------------------------
 # The interface
 
 
