@@ -12,7 +12,6 @@ not counted. The roofline time of a kernel is the longer of its bytes at 2.8 TB/
 
 import argparse
 import collections
-import dataclasses
 import math
 import os
 import pathlib
