@@ -983,6 +983,7 @@ def _by_decays(features_of: Callable[[Statistics], list[Feature]], blocks: list[
     return [[next(ordered[f.name]) for _ in range(len(f.values))] for f in blocks]
 
 
+@functools.cache
 def is_made_by_decays(features_of: Callable[[Statistics], list[Feature]]) -> bool:
     """Whether a list gives the same when it is made for one decay at a time: no feature mixes or selects decays.
 

@@ -14,7 +14,9 @@ sharded over the local devices (one for each core of a CPU), and over all hosts 
 OUT/ holds theta.npz (θ, written with each checkpoint), metrics.csv (a row for each meta-step),
 meta-loss.png (where matplotlib is there) and the last two checkpoints, from which a run that was
 interrupted goes on exactly: by --resume, or by --resume-or-begin in a script that is run again and
-again. What is random depends on the seed, the pair and the time alone.
+again. What is random depends on the seed, the pair and the time alone. On a GPU, XLA chooses kernels
+by timing them as it compiles, so that another process may round otherwise: where a resumed run must
+be the same to the last bit, set XLA_FLAGS=--xla_gpu_autotune_level=0 for all its processes.
 
 Sources: μLO (arXiv 2406.00153) for the settings, PES (arXiv 2112.13835). The paper's μLO_S is
 meta-trained on inner networks of one width (--preset paper-s), its μLO_M on three (paper-m).

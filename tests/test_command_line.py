@@ -121,6 +121,17 @@ def test_load_data_and_task_of_the_settings(tmp_path):
         tasks.task_of(dataclasses.replace(settings, task="mlp", heads=None), dataset, 12, 1, tasks.mup.SP)
 
 
+def test_precision_is_of_a_gpu(monkeypatch):
+    """A CPU knows no TF32, and JAX refuses products of it there."""
+    try:
+        for platform, expected in (("cpu", "highest"), ("gpu", "TF32_TF32_F32_X3")):
+            monkeypatch.setattr(jax, "default_backend", lambda: platform)
+            tasks.set_up_precision("TF32_TF32_F32_X3")
+            assert jax.config.jax_default_matmul_precision == expected
+    finally:
+        jax.config.update("jax_default_matmul_precision", None)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Errors become one line
 
@@ -177,15 +188,21 @@ def test_platform_that_is_not_there_is_one_line(platform):
 # stdout that cannot encode θ, and stdout that nobody reads
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
-def test_help_in_another_encoding(encoding):
-    """Of all three in one process: what cannot be printed is replaced."""
+def test_help_in_another_encoding():
+    """Of all three programs, one encoding after the other in one process: what cannot be printed is replaced."""
     script = ("import sys, tasks, meta_train, evaluate\n"
-              "codes = [tasks.run_command(run, '', ['--help']) for run in (tasks.main, meta_train.run, evaluate.run)]\n"
-              "sys.exit(any(codes))")
-    done = python("-c", script, PYTHONIOENCODING=encoding)
+              "for encoding in sys.argv[1:]:\n"
+              "    sys.stdout.reconfigure(encoding=encoding, errors='strict')\n"
+              "    for run in (tasks.main, meta_train.run, evaluate.run):\n"
+              "        assert tasks.run_command(run, '', ['--help']) == 0\n"
+              "    print('=====')")
+    encodings = ["ascii", "latin-1", "cp1252"]
+    done = python("-c", script, *encodings)
     assert done.returncode == 0 and not done.stderr, done.stderr.decode()
-    assert "--sigma ? " in done.stdout.decode(encoding)
+    *texts, rest = done.stdout.replace(b"\r", b"").split(b"=====\n")
+    assert not rest and len(texts) == 3
+    for text, encoding in zip(texts, encodings):
+        assert text.decode(encoding).count("--sigma ? ") == 1
 
 
 @pytest.mark.parametrize("module", ["mup", "lopt", "es"])
