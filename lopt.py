@@ -234,18 +234,12 @@ def features(tensor: Statistics) -> list[Feature]:
 
 
 def normalise(feature: Feature) -> Array:
-    """A block of features [f, S] as the MLP takes it, each multiplied by its `scale`."""
-    return feature.values * scale(feature)
-
-
-def scale(feature: Feature) -> Array:
-    """1 over the root mean square of each feature of a block over the tensor, rsqrt(1e-5 + mean x²): [f, 1, …].
-
-    1 where they are not to be normalised.
-    """
+    """A block of features [f, S] as the MLP takes it: each divided by its root mean square over the tensor,
+    x · rsqrt(1e-5 + mean x²), unless it is not to be normalised."""
     x = feature.values
-    mean_square = jnp.mean(x * x, axis=tuple(range(1, x.ndim)), keepdims=True)
-    return lax.rsqrt(1e-5 + mean_square) if feature.normalised else jnp.ones_like(mean_square)
+    if not feature.normalised:
+        return x
+    return x * lax.rsqrt(1e-5 + jnp.mean(x * x, axis=tuple(range(1, x.ndim)), keepdims=True))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -833,9 +827,7 @@ def in_chunks(features_of: Callable[[Statistics], list[Feature]], learned: Learn
 
     inputs = sum(len(w0[j]) for j in per_weight)
     squares = _loop(chunks, add_squares, jnp.zeros(inputs, tensor.g.dtype))
-    normalised = np.concatenate([np.full(len(w0[j]), blocks[j].normalised) for j in per_weight])
-    scales = jnp.where(normalised, lax.rsqrt(1e-5 + squares / tensor.g.size), 1.0)
-    w0_per_weight = (jnp.concatenate([w0[j] for j in per_weight]) * scales[:, None]).T  # [H, K]
+    w0_per_weight = _scaled([w0[j] for j in per_weight], [blocks[j] for j in per_weight], squares / tensor.g.size).T
 
     hidden_of_rows, hidden_of_all = _hidden_of_others(theta, blocks, tensor)
     # What the rows share is laid out once for a whole chunk: XLA's loop then adds it four times faster.
@@ -864,6 +856,15 @@ def _of_every_weight(blocks: list[Feature], tensor: Statistics) -> list[int]:
     return [i for i, f in enumerate(blocks) if f.values.shape[1:] == tensor.g.shape]
 
 
+def _scaled(w0: list[Array], blocks: list[Feature], mean_squares: Array) -> Array:
+    """The rows of w0 that belong to some blocks, times what `normalise` multiplies their features by: [f, H].
+
+    mean_squares: of the features, over the tensor, [f].
+    """
+    normalised = np.concatenate([np.full(len(rows), block.normalised) for rows, block in zip(w0, blocks)])
+    return jnp.concatenate(w0) * jnp.where(normalised, lax.rsqrt(1e-5 + mean_squares), 1.0)[:, None]
+
+
 def _hidden_of_others(theta: dict[str, Array], blocks: list[Feature], tensor: Statistics) -> tuple[Array | None, Array]:
     """What the bias, and the features that do not vary along all axes, give to the first layer of the MLP.
 
@@ -872,8 +873,9 @@ def _hidden_of_others(theta: dict[str, Array], blocks: list[Feature], tensor: St
     w0, of_rows, of_all = _rows_of_w0(theta, blocks), None, theta["b0"].reshape(-1, *(1,) * tensor.g.ndim)
     for where in sorted({f.values.shape[1:] for f in blocks} - {tensor.g.shape}):
         here = [j for j, f in enumerate(blocks) if f.values.shape[1:] == where]
-        x = jnp.concatenate([normalise(blocks[j]) for j in here])
-        hidden = jnp.einsum("fh,f...->h...", jnp.concatenate([w0[j] for j in here]), x)
+        x = jnp.concatenate([blocks[j].values for j in here])
+        mean_squares = jnp.mean(x * x, axis=tuple(range(1, x.ndim)))
+        hidden = jnp.einsum("fh,f...->h...", _scaled([w0[j] for j in here], [blocks[j] for j in here], mean_squares), x)
         if where[-2] > 1:
             of_rows = hidden if of_rows is None else of_rows + hidden
         else:
@@ -904,7 +906,8 @@ def in_one_kernel(features_of: Callable[[Statistics], list[Feature]], learned: L
     tensor = tensor._replace(t=jnp.float32(t))
     theta, blocks = learned.theta, features_of(tensor)
     w0, per_weight = _rows_of_w0(theta, blocks), _of_every_weight(blocks, tensor)
-    w0 = jnp.concatenate([w0[j] * scale(blocks[j]).reshape(-1, 1) for j in per_weight])
+    w0 = _scaled([w0[j] for j in per_weight], [blocks[j] for j in per_weight], jnp.concatenate([
+        jnp.mean(blocks[j].values ** 2, axis=(1, 2, 3)) for j in per_weight]))
     last = sum(name.startswith("w") for name in theta) - 1  # the layer that puts out d and s
 
     def padded(x, *axes):  # with zeros, along axes of hidden units: Triton takes powers of 2, its products 16 at least
