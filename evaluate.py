@@ -608,6 +608,7 @@ ONE_WIDTH = "--theta {results}/mulo_s.npz {results}/mulo_s_16.npz {results}/lo_s
 CIFAR = "--dataset cifar10 --data-dir {data} --image-size 8"
 TEXT = "--dataset text --data-dir {data}/tinyshakespeare.txt"
 BOTH = "--baselines adamw muadam"
+VELO = "--theta {results}/velo_mup.npz {results}/velo_sp.npz"  # on the synthetic data
 EXPERIMENTS = {
     "width": f"--sweep width {SIX} {BOTH} {CIFAR} --tune both --tune-seeds 2 --seeds 4 "
              "--widths 32 128 512",
@@ -629,7 +630,11 @@ EXPERIMENTS = {
     "vit": f"--sweep width --task vit --patch 2 {SIX} {BOTH} {CIFAR} --steps 300 --seeds 2 "
            "--widths 32 64 128",
     "lm": f"--sweep width --task lm {SIX} {BOTH} {TEXT} --batch-size 16 --steps 300 --seeds 2 "
-          "--tune-seeds 1 --widths 32 64 128"}
+          "--tune-seeds 1 --widths 32 64 128",
+    "velo": f"--sweep width {VELO} --baselines adamw --tune per-width --seeds 2 "
+            "--widths 32 128 512",
+    "velo-coordinate-check": f"--sweep coordinate-check {VELO} --steps 20 --seeds 2 "
+                             "--widths 128 256 512 1024"}
 QUICK = {"quick": f"--sweep width {FIVE} --baselines adamw --widths 32 128 512 --steps 300 "
                   "--seeds 2"}
 
