@@ -214,7 +214,7 @@ def test_pairs_that_do_not_divide_are_refused(tmp_path):
 
 STEPS = 60
 FLAGS = ["--widths", "16", "--depth", "1", "--batch-size", "32", "--pairs", "4", "--truncation", "20",
-         "--min-length", "20", "--max-length", "60", "--meta-steps", str(STEPS), "--learning-rate", "1e-2",
+         "--min-length", "20", "--max-length", "60", "--meta-steps", str(STEPS), "--learning-rate", "3e-2",
          "--warmup-steps", "10", "--output-mult", "1", "--hidden-lr-mult", "2", "--step-mult", "0.01",
          "--base-width", "0", "--start", "random",
          "--report-steps", "0", "--checkpoint-every", "5", "--stall-seconds", "5"]
@@ -281,7 +281,7 @@ def test_meta_training_reduces_the_meta_loss(runs):
     assert header.split(",") == list(meta_train.COLUMNS)
     assert [int(row.split(",")[0]) for row in rows] == list(range(1, STEPS + 1))
     losses = [float(row.split(",")[1]) for row in rows]
-    assert np.mean(losses[-10:]) < np.log(10) - 0.02  # measured: 2.255, from ln 10 = 2.303 of a fresh network
+    assert np.mean(losses[-10:]) < np.log(10) - 0.02  # 2.243 with two seeds, from 2.305
 
 
 def test_a_killed_process_ends_the_other(runs):
