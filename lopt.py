@@ -215,21 +215,22 @@ def features(tensor: Statistics) -> list[Feature]:
     else:
         g_scale = m_scale = rho * kappa
     rsqrt_v = lax.rsqrt(v + 1e-6)
-    tau = jnp.concatenate([jnp.full((1,) * (g.ndim + 1), tau, jnp.float32) for tau in TIMESCALES])
+    # Of single numbers, since a GPU's kernel takes no array of constants.
+    tau = jnp.concatenate([jnp.full((1,) * (g.ndim + 1), timescale, jnp.float32) for timescale in TIMESCALES])
     return [
-        Feature("g", g[None]),                                             # 0
-        Feature("p", p[None]),                                             # 1
-        Feature("m", m),                                                   # 2–4
-        Feature("v", v[None]),                                             # 5
-        Feature("m rsqrt(v+1e-6)", m * rsqrt_v),                           # 6–8
-        Feature("rsqrt(v+1e-6)", rsqrt_v[None]),                           # 9
-        *[Feature("g ρκ", g * x) for x in jnp.split(g_scale, len(g_scale))],  # 10–12
-        Feature("r", r),                                                   # 13–15
-        Feature("c", c),                                                   # 16–18
-        Feature("rsqrt(r+1e-8)", lax.rsqrt(r + 1e-8)),                     # 19–21
-        Feature("rsqrt(c+1e-8)", lax.rsqrt(c + 1e-8)),                     # 22–24
-        Feature("m ρκ", m * m_scale),                                      # 25–27
-        Feature("tanh(t/τ−1)", jnp.tanh(t / tau - 1.0), normalised=False)  # 28–38
+        Feature("g", g[None]),                                                 # 0
+        Feature("p", p[None]),                                                 # 1
+        Feature("m", m),                                                       # 2–4
+        Feature("v", v[None]),                                                 # 5
+        Feature("m rsqrt(v+1e-6)", m * rsqrt_v),                               # 6–8
+        Feature("rsqrt(v+1e-6)", rsqrt_v[None]),                               # 9
+        *[Feature("g ρκ", g * x) for x in jnp.split(g_scale, len(g_scale))],   # 10–12
+        Feature("r", r),                                                       # 13–15
+        Feature("c", c),                                                       # 16–18
+        Feature("rsqrt(r+1e-8)", lax.rsqrt(r + 1e-8)),                         # 19–21
+        Feature("rsqrt(c+1e-8)", lax.rsqrt(c + 1e-8)),                         # 22–24
+        Feature("m ρκ", m * m_scale),                                          # 25–27
+        Feature("tanh(t/τ−1)", jnp.tanh(t / tau - 1.0), normalised=False)      # 28–38
     ]
 
 
@@ -280,30 +281,25 @@ def dense(w: Array, x: Array, b: Array) -> Array:
     return jnp.tensordot(w.T, x, 1) + b.reshape(-1, *(1,) * (x.ndim - 1))
 
 
-def mlp(theta: dict[str, Array], hidden: Array) -> Array:
-    """The MLP from the pre-activations of its first layer on: [H, S] → its outputs, [2, S] for small_fc_lopt."""
-    i = 1
+def mlp_update(learned: Learned, hidden: Array) -> Array:
+    """The update from the pre-activations of the MLP's first layer, [H, S] → [S]; d and s are its first two outputs."""
+    theta, i = learned.theta, 1
     while f"w{i}" in theta:
         hidden = dense(theta[f"w{i}"], jax.nn.relu(hidden), theta[f"b{i}"])
         i += 1
-    return hidden
+    return update_from(learned, hidden[0], hidden[1])
+
+
+def update_from(learned: Learned, d: Array, s: Array) -> Array:
+    """step_mult · d · exp(exp_mult · s)."""
+    return learned.step_mult * d * jnp.exp(learned.exp_mult * s)
 
 
 def plain_update(features_of: Callable[[Statistics], list[Feature]], learned: Learned, tensor: Statistics) -> Array:
-    """The update of one tensor [S] as it is defined, step_mult · d · exp(exp_mult · s).
-
-    All features of every weight go through the MLP, whose first two outputs are d and s.
-    """
-    theta = learned.theta
+    """The update of one tensor [S], as it is defined: all features of every weight go through the MLP."""
     blocks = map(normalise, features_of(tensor))
     x = jnp.concatenate([jnp.broadcast_to(block, (len(block), *tensor.g.shape)) for block in blocks])  # [F, S]
-    return step(learned, mlp(theta, dense(theta["w0"], x, theta["b0"])))
-
-
-def step(learned: Learned, outputs: Array) -> Array:
-    """step_mult · d · exp(exp_mult · s): the MLP's outputs (d, s, …), [≥ 2, S] → [S]."""
-    d, s, *_ = outputs
-    return learned.step_mult * d * jnp.exp(learned.exp_mult * s)
+    return mlp_update(learned, dense(learned.theta["w0"], x, learned.theta["b0"]))
 
 
 class LearnedOptimizerState(NamedTuple):
@@ -498,6 +494,9 @@ def velo(learned: Learned, update_multipliers: Tree = 1.0, gradient_multiplier: 
          num_steps: int | Array | None = None) -> Optimizer:
     """VeLO as an optax-style pair, for any pytree of params; `update` needs the training loss as `value`.
 
+    update = lr_mult · √(mean p² + 1e-9) · step_mult · d · exp(exp_mult · s): lr_mult and the MLP are the tensor's own,
+    by the LSTM; d and s are the weight's, by that MLP, whose third output is not used.
+
     num_steps: the planned number of updates, a number or traced; VeLO's step sizes depend on it. All else is as in
     `learned_optimizer`. With μP's update multipliers this is μVeLO.
 
@@ -541,7 +540,6 @@ def velo(learned: Learned, update_multipliers: Tree = 1.0, gradient_multiplier: 
         updates = [jnp.zeros_like(p) for p in leaves]
         for j, i in enumerate(present):
             own = learned._replace(theta={name: w[j] for name, w in mlps.items()})
-            # The third output of the tensor's own MLP is not used.
             update = fast_update(element_inputs, own, statistics(averages[j], gs[j], ps[j], state.step))
             update = lr_mults[j] * jnp.sqrt(jnp.mean(ps[j] * ps[j]) + 1e-9) * update
             update = multipliers[i] * update  # μP acts here, as in `learned_optimizer`
@@ -773,6 +771,7 @@ def check_shapes(shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[i
 
 # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ waterline: the paper above, the machine below ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 
+
 def fast_update(features_of: Callable[[Statistics], list[Feature]], learned: Learned, tensor: Statistics) -> Array:
     """`plain_update`, by the fastest way that there is where JAX computes."""
     fits = jax.default_backend() == "gpu" and tensor.g.dtype == jnp.float32 and is_made_by_decays(features_of)
@@ -804,7 +803,7 @@ def in_chunks(features_of: Callable[[Statistics], list[Feature]], learned: Learn
     chunks = -(-rows // rows_at_once)
 
     theta, blocks = learned.theta, features_of(tensor)
-    w0, per_weight = _rows_of_w0(theta, blocks), _of_every_weight(blocks, tensor)
+    per_weight = _of_every_weight(blocks, tensor)
 
     def first_row(i):  # of chunk i; the last overlaps the one before where rows_at_once does not divide rows
         return jnp.minimum(i * rows_at_once, rows - rows_at_once)
@@ -825,9 +824,9 @@ def in_chunks(features_of: Callable[[Statistics], list[Feature]], learned: Learn
             x = jnp.where(is_new[:, None], x, 0.0)
         return total + jnp.sum(x * x, axis=tuple(range(1, x.ndim)))
 
-    inputs = sum(len(w0[j]) for j in per_weight)
+    inputs = sum(len(blocks[j].values) for j in per_weight)
     squares = _loop(chunks, add_squares, jnp.zeros(inputs, tensor.g.dtype))
-    w0_per_weight = _scaled([w0[j] for j in per_weight], [blocks[j] for j in per_weight], squares / tensor.g.size).T
+    w0_per_weight = _scaled_rows(theta, blocks, per_weight, squares / tensor.g.size).T  # [H, K]
 
     hidden_of_rows, hidden_of_all = _hidden_of_others(theta, blocks, tensor)
     # What the rows share is laid out once for a whole chunk: XLA's loop then adds it four times faster.
@@ -838,7 +837,7 @@ def in_chunks(features_of: Callable[[Statistics], list[Feature]], learned: Learn
         hidden = (w0_per_weight @ x.reshape(len(x), -1)).reshape(-1, *x.shape[1:]) + hidden_of_all
         if hidden_of_rows is not None:
             hidden = hidden + cut(hidden_of_rows, i)  # [H, O, a, B]
-        new = step(learned, mlp(theta, hidden.reshape(len(hidden), -1))).reshape(x.shape[1:])
+        new = mlp_update(learned, hidden.reshape(len(hidden), -1)).reshape(x.shape[1:])
         if chunks == 1:
             return new
         return lax.dynamic_update_slice_in_dim(update, new, first_row(i), -2, allow_negative_indices=False)
@@ -846,23 +845,20 @@ def in_chunks(features_of: Callable[[Statistics], list[Feature]], learned: Learn
     return _from_oab(_loop(chunks, write_update, jnp.zeros_like(tensor.g)), shape)
 
 
-def _rows_of_w0(theta: dict[str, Array], blocks: list[Feature]) -> list[Array]:
-    """The rows of w0 that belong to each block of features, [f, H] each."""
-    return jnp.split(theta["w0"], np.cumsum([len(f.values) for f in blocks])[:-1])
-
-
 def _of_every_weight(blocks: list[Feature], tensor: Statistics) -> list[int]:
     """Which blocks vary along all axes."""
-    return [i for i, f in enumerate(blocks) if f.values.shape[1:] == tensor.g.shape]
+    return [j for j, f in enumerate(blocks) if f.values.shape[1:] == tensor.g.shape]
 
 
-def _scaled(w0: list[Array], blocks: list[Feature], mean_squares: Array) -> Array:
-    """The rows of w0 that belong to some blocks, times what `normalise` multiplies their features by: [f, H].
+def _scaled_rows(theta: dict[str, Array], blocks: list[Feature], here: list[int], mean_squares: Array) -> Array:
+    """The rows of w0 of the blocks with these indices, times what `normalise` multiplies their features by: [f, H].
 
-    mean_squares: of the features, over the tensor, [f].
+    mean_squares: of these features, over the tensor, [f].
     """
-    normalised = np.concatenate([np.full(len(rows), block.normalised) for rows, block in zip(w0, blocks)])
-    return jnp.concatenate(w0) * jnp.where(normalised, lax.rsqrt(1e-5 + mean_squares), 1.0)[:, None]
+    rows = jnp.split(theta["w0"], np.cumsum([len(f.values) for f in blocks])[:-1])
+    normalised = np.concatenate([np.full(len(rows[j]), blocks[j].normalised) for j in here])
+    scale = jnp.where(normalised, lax.rsqrt(1e-5 + mean_squares), 1.0)
+    return jnp.concatenate([rows[j] for j in here]) * scale[:, None]
 
 
 def _hidden_of_others(theta: dict[str, Array], blocks: list[Feature], tensor: Statistics) -> tuple[Array | None, Array]:
@@ -870,12 +866,12 @@ def _hidden_of_others(theta: dict[str, Array], blocks: list[Feature], tensor: St
 
     (That of features of the rows [H, O, A, 1], None where there are none; all else [H, O, 1, B], or of length 1.)
     """
-    w0, of_rows, of_all = _rows_of_w0(theta, blocks), None, theta["b0"].reshape(-1, *(1,) * tensor.g.ndim)
+    of_rows, of_all = None, theta["b0"].reshape(-1, *(1,) * tensor.g.ndim)
     for where in sorted({f.values.shape[1:] for f in blocks} - {tensor.g.shape}):
         here = [j for j, f in enumerate(blocks) if f.values.shape[1:] == where]
         x = jnp.concatenate([blocks[j].values for j in here])
         mean_squares = jnp.mean(x * x, axis=tuple(range(1, x.ndim)))
-        hidden = jnp.einsum("fh,f...->h...", _scaled([w0[j] for j in here], [blocks[j] for j in here], mean_squares), x)
+        hidden = jnp.einsum("fh,f...->h...", _scaled_rows(theta, blocks, here, mean_squares), x)
         if where[-2] > 1:
             of_rows = hidden if of_rows is None else of_rows + hidden
         else:
@@ -899,15 +895,17 @@ def in_one_kernel(features_of: Callable[[Statistics], list[Feature]], learned: L
     """
     from jax.experimental.pallas import pallas_call, program_id, triton
 
-    shape, t = tensor.g.shape, tensor.t
-    tensor = jax.tree.map(lambda x: _as_oab(x, shape), tensor._replace(t=None))
-    whole, others = tensor.g.shape, tensor.g.ndim - 2  # O may have any number of axes, and gets one
-    tensor = jax.tree.map(lambda x: x.reshape(*x.shape[:x.ndim - others - 2], -1, *x.shape[-2:]), tensor)
-    tensor = tensor._replace(t=jnp.float32(t))
+    shape, whole = tensor.g.shape, _as_oab(tensor.g, tensor.g.shape).shape
+
+    def with_one_o(x):  # [..., O, A, B], where O may have had any number of axes
+        x = _as_oab(x, shape)
+        return x.reshape(*x.shape[:x.ndim - len(whole)], -1, *x.shape[-2:])
+
+    tensor = jax.tree.map(with_one_o, tensor._replace(t=None))._replace(t=jnp.float32(tensor.t))
     theta, blocks = learned.theta, features_of(tensor)
-    w0, per_weight = _rows_of_w0(theta, blocks), _of_every_weight(blocks, tensor)
-    w0 = _scaled([w0[j] for j in per_weight], [blocks[j] for j in per_weight], jnp.concatenate([
-        jnp.mean(blocks[j].values ** 2, axis=(1, 2, 3)) for j in per_weight]))
+    per_weight = _of_every_weight(blocks, tensor)
+    mean_squares = jnp.concatenate([jnp.mean(blocks[j].values ** 2, axis=(1, 2, 3)) for j in per_weight])
+    w0 = _scaled_rows(theta, blocks, per_weight, mean_squares)  # [K, H]
     last = sum(name.startswith("w") for name in theta) - 1  # the layer that puts out d and s
 
     def padded(x, *axes):  # with zeros, along axes of hidden units: Triton takes powers of 2, its products 16 at least
@@ -955,7 +953,7 @@ def in_one_kernel(features_of: Callable[[Statistics], list[Feature]], learned: L
             hidden += load(b1, jnp.arange(w1.shape[1]))
         hidden, units = jax.nn.relu(hidden), jnp.arange(w.shape[1])
         d, s = (jnp.sum(hidden * load(w, j * len(units) + units), 1) + bias.ref[j] for j in (0, 1))
-        triton.store(out.at[which], step(learned, (d, s)), mask=there)
+        triton.store(out.at[which], update_from(learned, d, s), mask=there)
 
     update = pallas_call(kernel, jax.ShapeDtypeStruct((tensor.g.size,), tensor.g.dtype),
                          grid=(-(-tensor.g.size // n),), interpret=interpret,

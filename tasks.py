@@ -1249,9 +1249,9 @@ def set_up_devices(divides: int, devices: int | None = None) -> None:
 
 
 def set_up_precision(precision: str) -> None:
-    """Makes matrix products of this precision on a GPU; on a CPU, which has no other, they are float32."""
+    """Makes matrix products of this precision; on a CPU, which has no other, they are float32."""
     jax.config.update("jax_default_matmul_precision",
-                      precision if jax.default_backend() == "gpu" else "highest")
+                      "highest" if jax.default_backend() == "cpu" else precision)
 
 
 def devices_are_forced() -> bool:

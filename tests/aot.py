@@ -14,18 +14,14 @@ import argparse
 import collections
 import math
 import os
-import pathlib
 import re
-import sys
 from typing import NamedTuple
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import numpy as np
-from benchmark import SETTINGS, noise
+from benchmark import SETTINGS, meta_step_of, noise  # which also finds our modules
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
@@ -195,10 +191,8 @@ def compiled_meta_step(settings: meta_train.Settings) -> jax.stages.Compiled:
     jax.default_backend = lambda: "gpu"  # what our code asks to choose its fast paths; here JAX runs on the CPU
     device = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1").devices[0]
     tasks.set_up_precision(settings.matmul_precision)
-    dataset, learned = noise(settings.image_size or 32, 1000), meta_train.first_learned(settings)
-    inner = [tasks.task_of(settings, dataset, width, settings.depth, learned.parametrization)
-             for width in settings.widths]
-    init, meta_step = meta_train.make_meta_step(settings, inner, Mesh(np.array([device]), ("pairs",)), learned)
+    dataset = noise(settings.image_size or 32, 1000)
+    init, meta_step, _ = meta_step_of(settings, dataset, Mesh(np.array([device]), ("pairs",)))
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (jax.eval_shape(init), dataset.train))
     return meta_step.lower(*arguments).compile()
 
@@ -207,8 +201,8 @@ def report(name: str, settings: meta_train.Settings) -> None:
     """Prints what one meta-step of these settings costs."""
     compiled = compiled_meta_step(settings)
     memory, kernels = compiled.memory_analysis(), Program(compiled.as_text()).kernels
-    number, size, flop = (sum(k.times * x for k in kernels for x in [of(k)]) for of in (
-        lambda k: 1, lambda k: k.size, lambda k: k.flop))
+    number = sum(k.times for k in kernels)
+    size, flop = sum(k.times * k.size for k in kernels), sum(k.times * k.flop for k in kernels)
     rate = FLOP_RATE[settings.matmul_precision]
     seconds = sum(k.times * (max(k.size / BANDWIDTH, k.flop / rate) + LAUNCH) for k in kernels)
     for what, value in (

@@ -25,6 +25,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import lopt
 import meta_train
@@ -79,14 +80,19 @@ def peak_memory() -> float:
     return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
+def meta_step_of(settings: meta_train.Settings, dataset: tasks.Dataset, mesh: Mesh) -> tuple:
+    """(init, meta_step, inner tasks) of these settings, as in meta_train.py."""
+    learned = meta_train.first_learned(settings)
+    inner = [tasks.task_of(settings, dataset, width, settings.depth, learned.parametrization)
+             for width in settings.widths]
+    return *meta_train.make_meta_step(settings, inner, mesh, learned), inner
+
+
 def meta_step_time(settings: meta_train.Settings, repeats: int) -> dict[str, float]:
     """Compiles and times the meta-step of one setting."""
     dataset = noise(settings.image_size or 8)
     mesh = meta_train.make_mesh(settings.pairs, None)
-    learned = meta_train.first_learned(settings)
-    inner = [tasks.task_of(settings, dataset, width, settings.depth, learned.parametrization)
-             for width in settings.widths]
-    init, meta_step = meta_train.make_meta_step(settings, inner, mesh, learned)
+    init, meta_step, inner = meta_step_of(settings, dataset, mesh)
     state, split = init(), meta_train.replicate(dataset.train, mesh)
     start = time.perf_counter()
     program = meta_step.lower(state, split).compile()

@@ -121,10 +121,10 @@ def test_load_data_and_task_of_the_settings(tmp_path):
         tasks.task_of(dataclasses.replace(settings, task="mlp", heads=None), dataset, 12, 1, tasks.mup.SP)
 
 
-def test_precision_is_of_a_gpu(monkeypatch):
+def test_precision_is_not_of_a_cpu(monkeypatch):
     """A CPU knows no TF32, and JAX refuses products of it there."""
     try:
-        for platform, expected in (("cpu", "highest"), ("gpu", "TF32_TF32_F32_X3")):
+        for platform, expected in (("cpu", "highest"), ("gpu", "TF32_TF32_F32_X3"), ("tpu", "TF32_TF32_F32_X3")):
             monkeypatch.setattr(jax, "default_backend", lambda: platform)
             tasks.set_up_precision("TF32_TF32_F32_X3")
             assert jax.config.jax_default_matmul_precision == expected

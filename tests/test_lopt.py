@@ -114,10 +114,10 @@ def some_mlp(*sizes):
 
 
 def some_params(seed=1):
-    """A tree of tensors of 0, 1, 2 and 4 axes, nested in dicts, lists and tuples, and gradients for it by step."""
+    """A tree of tensors of 0 to 4 axes, nested in dicts, lists and tuples, and gradients for it by step."""
     draw = normal(seed)
     make = lambda scale: {"a": {"w": draw((9, 5), scale), "b": draw((5,), scale)},
-                          "list": [draw((), scale), (draw((3, 3, 4, 8), scale),)]}
+                          "list": [draw((), scale), (draw((2, 5, 3), scale), draw((3, 3, 4, 8), scale))]}
     return make(1.0), [make(10.0 ** -i) for i in range(4)]
 
 
@@ -380,7 +380,7 @@ def test_any_tree_and_any_transformation(make):
 @all_optimizers
 def test_update_multipliers_multiply_updates_only(make):
     params, grads = some_params()
-    multipliers = jax.tree.unflatten(jax.tree.structure(params), [0.0, 1.0, 0.25, 1 / 3])
+    multipliers = jax.tree.unflatten(jax.tree.structure(params), [0.0, 1.0, 0.25, 2.0, 1 / 3])
     plain, scaled = make(), make(update_multipliers=multipliers)
     both = jax.jit(lambda g, p: [optimizer.update(g, optimizer.init(p), p) for optimizer in (plain, scaled)])
     (a, state_a), (b, state_b) = both(grads[0], params)
@@ -583,7 +583,7 @@ def test_fresh_decays_are_the_usual_ones():
 def test_adamw_meets_its_equations():
     """In float64, with a learning rate that is a function of the updates made before, and multipliers."""
     params, grads = some_params()
-    multipliers = jax.tree.unflatten(jax.tree.structure(params), [1.0, 0.5, 0.0, 0.1])
+    multipliers = jax.tree.unflatten(jax.tree.structure(params), [1.0, 0.5, 2.0, 0.0, 0.1])
     schedule = lambda step: 0.01 / (1.0 + step)
     optimizer = lopt.adamw(schedule, b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.1, update_multipliers=multipliers)
     state = optimizer.init(params)

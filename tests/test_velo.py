@@ -45,7 +45,6 @@ def test_velo_meets_the_reference():
 def test_jit_scan_and_vmap_with_a_traced_number_of_steps():
     """A run in a scan, two of different planned lengths under vmap, equals single updates one after the other."""
     learned, params = some_learned(), some_params()
-    del params["conv"]
     grads = jax.tree.map(lambda p: jnp.stack([p, -0.5 * p, 0.1 * p]), params)
     losses = jnp.array([2.0, 1.5, 1.7])
 
@@ -84,7 +83,7 @@ def test_empty_tensors_take_no_part():
 
 
 def test_the_gradient_multiplier_comes_before_the_clip():
-    learned, params = some_learned(), {"w": jax.random.normal(jax.random.key(1), (3, 5))}
+    learned, params = some_learned(), some_params()
     (_, a), (_, b) = [jax.jit(lambda g: o.update(g, o.init(params), params, value=1.0))(g) for o, g in (
         (lopt.velo(learned, gradient_multiplier=1e6, num_steps=10), params),
         (lopt.velo(learned, num_steps=10), jax.tree.map(lambda p: 1e6 * p, params)))]
