@@ -265,6 +265,7 @@ def feature_count() -> int:
     return sum(block_sizes(features))
 
 
+@functools.cache
 def block_sizes(features_of: Callable[[Statistics], list[Feature]]) -> list[int]:
     """How many features each block of a list has; nothing is computed for it."""
     return [block.shape[0] for block in jax.eval_shape(lambda: [f.values for f in features_of(of_one_weight())])]
