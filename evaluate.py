@@ -6,10 +6,10 @@
     python evaluate.py --reproduce quick     a small part, in minutes and without data to fetch
 
 A *contender* is an optimizer with its parametrization: a θ, which has nothing to tune, or a
-baseline: AdamW in the standard parametrization (SP), or μAdam, that is Adam in μP. All of them
-train from the same keys, hence on the same batches and, in one parametrization, from the same
-initial weights. Baselines are tuned by their training loss under other keys; no test data decide
-anything.
+baseline: AdamW in the standard parametrization (SP), with or without weight decay and a cosine, or
+μAdam, that is Adam in μP. All of them train from the same keys, hence on the same batches and, in
+one parametrization, from the same initial weights. Baselines are tuned by their training loss under
+other keys; no test data decide anything.
 
 A run has diverged when its final training loss is not finite or above 1.5 ln(classes); guessing has
 ln(classes).
@@ -52,18 +52,27 @@ from mup import Array, Tree
 from tasks import setting
 
 Row = dict[str, Any]  # words and numbers by column: inf if it diverged, nan if there is none
-Rows = dict[str, list[Row]]  # of each table: "table" (and "curves" of the horizon), or "check"
-Size = tuple[int, int]  # width, depth
+Rows = dict[str, list[Row]]  # of each table: "table" and "curves", or "check"
 TaskIn = Callable[[mup.Parametrization], tasks.Task]  # the task of one size, in any parametrization
 MakeOptimizer = Callable[[int], lopt.Optimizer]  # a function of the planned number of steps
+
+
+class Size(NamedTuple):
+    """The width and depth of a network, and the steps of its training."""
+    width: int
+    depth: int
+    steps: int
+
 
 # --------------------------------------------------------------------------------------------------
 # Contenders
 
 
 class Hyper(NamedTuple):
-    """What is tuned of a baseline: its learning rate, and the multipliers that μP leaves free."""
+    """What is tuned of a baseline: its learning rate and weight decay, and the multipliers that μP
+    leaves free."""
     learning_rate: float = 1e-3
+    weight_decay: float = 0.0
     input_mult: float = 1.0
     output_mult: float = 1.0
     hidden_lr_mult: float = 1.0
@@ -73,34 +82,43 @@ class Contender(NamedTuple):
     """An optimizer in its parametrization: a learned optimizer, or Adam where `learned` is None.
 
     start: where tuning begins. factors: {field of `Hyper`: ratio of neighbours on its grid}, in
-    tuning order; a learned optimizer has none.
+    tuning order; a learned optimizer has none. cosine: whether Adam's learning rate falls to 0 by a
+    cosine over the planned steps.
     """
     name: str
     parametrization: mup.Parametrization
     learned: lopt.Learned | None = None
     start: Hyper = Hyper()
     factors: dict[str, float] = {}
+    cosine: bool = False
 
     def on(self, task_in: TaskIn, hyper: Hyper) -> tuple[tasks.Task, MakeOptimizer]:
         """The task in the contender's parametrization, and the contender's optimizer there."""
         if self.learned is not None:
             task = task_in(self.parametrization)
             return task, functools.partial(tasks.optimizer_for, task, self.learned)
-        learning_rate, *multipliers = hyper
+        learning_rate, weight_decay, *multipliers = hyper
         task = task_in(mup.Parametrization(self.parametrization.name, *multipliers))
 
         def adam(num_steps: int) -> lopt.Optimizer:
-            return lopt.adamw(learning_rate, update_multipliers=task.update_multipliers)
+            rate = lopt.warmup_cosine(
+                initial=0.0, peak=learning_rate, final=0.0, warmup_steps=0,
+                decay_steps=num_steps) if self.cosine else learning_rate
+            return lopt.adamw(rate, weight_decay=weight_decay,
+                              update_multipliers=task.update_multipliers)
 
         return task, adam
 
 
 # μAdam multiplies hidden updates by hidden_lr_mult/fan_in, so its hidden_lr_mult is about a width.
-BASELINES = {
-    "adamw": Contender("adamw", mup.SP, factors={"learning_rate": 2.0}),
-    "muadam": Contender("muadam", mup.MUP, start=Hyper(8e-3, 1.0, 16.0, 16.0),
-                        factors={"learning_rate": 2.0, "hidden_lr_mult": 4.0, "output_mult": 4.0,
-                                 "input_mult": 2.0})}
+WITH_DECAY = dict(start=Hyper(1e-3, 0.1), factors={"learning_rate": 2.0, "weight_decay": 4.0})
+BASELINES = {contender.name: contender for contender in (
+    Contender("adamw", mup.SP, factors={"learning_rate": 2.0}),
+    Contender("adamw_decay", mup.SP, **WITH_DECAY),
+    Contender("adamw_cosine", mup.SP, **WITH_DECAY, cosine=True),
+    Contender("muadam", mup.MUP, start=Hyper(8e-3, 0.0, 1.0, 16.0, 16.0),
+              factors={"learning_rate": 2.0, "hidden_lr_mult": 4.0, "output_mult": 4.0,
+                       "input_mult": 2.0}))}
 
 
 def load_contenders(paths: Sequence[str], baselines: Sequence[str]) -> list[Contender]:
@@ -176,10 +194,12 @@ def hyperparameters(contender: Contender, how: str, sizes: Sequence[Size],
     """For each size in turn, the hyperparameters to be compared there, by how they were tuned.
 
     "transfer": all fields, at the first size, then kept, as μP intends. "per-width": the same, and
-    the learning rate again at each further size, beginning with the best of the size before.
-    "both". "none": the start.
+    learning rate and weight decay again at each further size, beginning with the best of the size
+    before. "both". "none": the start.
     """
     first = latest = None
+    again = {field: factor for field, factor in contender.factors.items()
+             if field in ("learning_rate", "weight_decay")}
     for size in sizes:
         loss_of = functools.partial(loss_at, size)
         if how == "none" or not contender.factors:
@@ -188,7 +208,7 @@ def hyperparameters(contender: Contender, how: str, sizes: Sequence[Size],
         if first is None:
             first = latest = tune(loss_of, contender.start, contender.factors)
         elif how != "transfer":
-            latest = tune(loss_of, latest, {"learning_rate": contender.factors["learning_rate"]})
+            latest = tune(loss_of, latest, again)
         both = {"transfer": first, "per-width": latest}
         yield both if how == "both" else {how: both[how]}
 
@@ -199,9 +219,8 @@ def hyperparameters(contender: Contender, how: str, sizes: Sequence[Size],
 # sweep: the settings that it has where none are given
 SWEEPS = {"width": dict(widths=(32, 128, 512), steps=1000),
           "depth": dict(widths=(32,), steps=1000, depths=(3, 6, 12, 16)),
-          "horizon": dict(widths=(32,), steps=1000),
+          "horizon": dict(widths=(32,), lengths=(1000, 5000, 25000)),
           "coordinate-check": dict(widths=(32, 128, 512), steps=500)}
-HORIZON = (1, 5, 25)  # times --steps
 CURVE_POINTS = 200
 ROUNDING = 1e-6  # a change below this part of the pre-activations is float32's rounding
 COUNT = dict(low=1, high=10_000_000)
@@ -212,35 +231,41 @@ class Settings(tasks.TaskSettings):
     """Everything that decides the results; the flag of each is made from its field."""
     theta: tuple[str, ...] = setting((), "θ as meta_train.py writes it; may be given several times",
                                      metavar="FILE")
-    baselines: tuple[str, ...] = setting((), "AdamW in SP, Adam in μP", choices=tuple(BASELINES))
-    sweep: str = setting("width", f"what varies; horizon goes on to {HORIZON[-1]} times --steps",
+    baselines: tuple[str, ...] = setting((), "adamw: AdamW in SP, without weight decay; "
+                                         "adamw_decay: with it; adamw_cosine: also with a cosine "
+                                         "to 0; muadam: Adam in μP", choices=tuple(BASELINES))
+    sweep: str = setting("width", "what varies; horizon: the length of the runs",
                          choices=tuple(SWEEPS))
     depths: tuple[int, ...] | None = setting(None, "for the depth sweep (3 6 12 16 if not given)",
                                              metavar="D", **COUNT)
-    steps: int | None = setting(None, "inner steps (1000 if not given, coordinate-check 500)",
-                                metavar="T", **COUNT)
+    steps: int | None = setting(None, "inner steps, but for the horizon sweep (1000 if not given, "
+                                "coordinate-check 500)", metavar="T", **COUNT)
+    lengths: tuple[int, ...] | None = setting(None, "in steps, for the horizon sweep (1000 5000 "
+                                              "25000 if not given)", metavar="T", **COUNT)
     seeds: int = setting(3, "inner runs, side by side", metavar="S", **COUNT)
-    tune: str = setting("transfer", "baselines at the first width and depth, for all, or at each, "
-                        "or both ways", choices=("transfer", "per-width", "both", "none"))
-    tune_steps: int | None = setting(None, "inner steps of tuning (--steps if not given)",
+    tune: str = setting("transfer", "baselines at the first width, depth and length, for all, or "
+                        "at each, or both ways", choices=("transfer", "per-width", "both", "none"))
+    tune_steps: int | None = setting(None, "inner steps of tuning (those of the run if not given)",
                                      metavar="T", **COUNT)
     tune_seeds: int | None = setting(None, "inner runs of tuning (--seeds if not given)",
                                      metavar="S", **COUNT)
 
     @property
     def sizes(self) -> list[Size]:
-        """The widths and depths of the networks, in the order in which they are trained."""
-        return [(width, depth) for depth in self.depths for width in self.widths]
+        """The sizes in the order in which networks of them are trained."""
+        return [Size(width, depth, steps)
+                for depth in self.depths for width in self.widths for steps in self.lengths]
 
 
 class Job(NamedTuple):
-    """One contender on networks of one size.
+    """One contender on networks of one size, in runs of so many steps.
 
     programs(steps, seeds) → (train, test) of `compiled`, each made once for all hyperparameters.
     """
     settings: Settings
     dataset: tasks.Dataset
     contender: Contender
+    steps: int
     task_in: TaskIn
     programs: Callable[[int, int], tuple[Callable, Callable]]
 
@@ -257,28 +282,16 @@ def or_inf(x: Any) -> float:
 
 
 def after_training(job: Job, hyper: Hyper) -> Rows:
-    """The width and the depth sweep: the losses after --steps."""
-    rows, _ = train_and_test(job, hyper, [job.settings.steps])
-    return {"table": rows}
-
-
-def over_the_horizon(job: Job, hyper: Hyper) -> Rows:
-    """The horizon sweep: runs of 25 times --steps, their losses after 1, 5, 25 times, a curve."""
-    rows, curve = train_and_test(job, hyper, [times * job.settings.steps for times in HORIZON])
-    return {"table": rows, "curves": curve}
-
-
-def train_and_test(job: Job, hyper: Hyper, marks: Sequence[int]) -> tuple[list[Row], list[Row]]:
-    """Trains all seeds to the last mark, and tests them there: (a row for each mark, the curve)."""
-    train, test = job.programs(marks[-1], job.settings.seeds)
+    """The losses of all seeds at the end, in training and in a test, and their curve."""
+    train, test = job.programs(job.steps, job.settings.seeds)
     params, losses = train(hyper, keys_of(job.settings)[0], job.dataset.train)
     losses, max_loss = np.asarray(losses), job.task_in(mup.SP).max_loss
-    rows = [summary(losses[:, :mark], max_loss) for mark in marks]
-    if job.dataset.test is not None and not rows[-1]["diverged"]:
+    row = summary(losses, max_loss)
+    if job.dataset.test is not None and not row["diverged"]:
         test_losses, accuracies = test(hyper, params, job.dataset.test)
-        rows[-1] |= {"test_loss": or_inf(np.mean(test_losses)),
-                     "test_accuracy": or_inf(np.mean(accuracies))}
-    return rows, smooth(losses, max_loss)
+        row |= {"test_loss": or_inf(np.mean(test_losses)),
+                "test_accuracy": or_inf(np.mean(accuracies))}
+    return {"table": [row], "curves": smooth(losses, max_loss)}
 
 
 def summary(losses: np.ndarray, max_loss: float) -> Row:
@@ -289,8 +302,7 @@ def summary(losses: np.ndarray, max_loss: float) -> Row:
     final = tasks.final_loss(losses)
     diverged = int(np.sum(~(final <= max_loss)))  # nan counts, too
     mean, std = (math.inf, math.nan) if diverged else (float(final.mean()), float(final.std()))
-    return {"steps": losses.shape[1], "seeds": len(losses), "diverged": diverged, "loss": mean,
-            "std": std}
+    return {"seeds": len(losses), "diverged": diverged, "loss": mean, "std": std}
 
 
 def smooth(losses: np.ndarray, max_loss: float) -> list[Row]:
@@ -308,8 +320,8 @@ def smooth(losses: np.ndarray, max_loss: float) -> list[Row]:
 def pre_activations(job: Job, hyper: Hyper) -> Rows:
     """TP5's coordinate check: how large each layer's pre-activations are after 1, 10, … and all
     steps, and how far they have moved since initialisation: root mean squares (RMS) over seeds."""
-    settings = job.settings
-    marks = sorted({settings.steps, *(10**i for i in range(len(str(settings.steps))))})
+    settings, steps = job.settings, job.steps
+    marks = sorted({steps, *(10**i for i in range(len(str(steps))))})
 
     def check(hyper: Hyper, key: Array, split: tasks.Split) -> dict[str, tuple[Array, Array]]:
         task, make_optimizer = job.contender.on(job.task_in, hyper)
@@ -326,39 +338,37 @@ def pre_activations(job: Job, hyper: Hyper) -> Rows:
     return {"check": rows}
 
 
-MEASURES = {"width": after_training, "depth": after_training, "horizon": over_the_horizon,
-            "coordinate-check": pre_activations}
 OVER_WIDTHS = ("optimizer", "tuned", "depth", "layer", "step")  # a coordinate check compares widths
 
 
 def sweep(settings: Settings, dataset: tasks.Dataset, contender: Contender,
           remember: Callable[[Callable], Callable] = functools.cache) -> Iterator[Rows]:
-    """Tunes one contender and measures it: the rows of each width and depth in turn.
+    """Tunes one contender and measures it: the rows of each size in turn.
 
     remember: wraps the two functions that train, so that nothing is trained twice.
     """
     @functools.lru_cache(maxsize=1)  # frees the memory of one size before the next
     def job_at(size: Size) -> Job:
-        task_in = functools.partial(tasks.task_of, settings, dataset, *size)
+        task_in = functools.partial(tasks.task_of, settings, dataset, size.width, size.depth)
         programs = functools.cache(functools.partial(compiled, contender, task_in))
-        return Job(settings, dataset, contender, task_in, programs)
+        return Job(settings, dataset, contender, size.steps, task_in, programs)
 
     @remember
     def tuning(size: Size, hyper: Hyper) -> float:  # the training loss, under keys of its own
-        train, _ = job_at(size).programs(settings.tune_steps, settings.tune_seeds)
+        train, _ = job_at(size).programs(settings.tune_steps or size.steps, settings.tune_seeds)
         _, losses = train(hyper, keys_of(settings)[1], dataset.train)
         return or_inf(tasks.final_loss(np.asarray(losses)).mean())
 
     @remember
     def measuring(size: Size, hyper: Hyper) -> Rows:
-        return MEASURES[settings.sweep](job_at(size), hyper)
+        measure = pre_activations if settings.sweep == "coordinate-check" else after_training
+        return measure(job_at(size), hyper)
 
     choices_at = hyperparameters(contender, settings.tune, settings.sizes, tuning)
     for size, choices in zip(settings.sizes, choices_at):
         rows: Rows = {}
         for tuned, hyper in choices.items():
-            known = {"optimizer": contender.name, "tuned": tuned,
-                     "width": size[0], "depth": size[1]}
+            known = {"optimizer": contender.name, "tuned": tuned, **size._asdict()}
             known |= {field: getattr(hyper, field) for field in contender.factors}
             for kind, measured in measuring(size, hyper).items():
                 rows.setdefault(kind, []).extend(known | row for row in measured)
@@ -400,7 +410,7 @@ def over_seeds(function: Callable, seeds: int) -> Callable:
 
 COLUMNS = {"table": ("optimizer", "tuned", "width", "depth", "steps", "seeds", "diverged", "loss",
                      "std", "test_loss", "test_accuracy", *Hyper._fields),
-           "curves": ("optimizer", "tuned", "width", "depth", "step", "loss"),
+           "curves": ("optimizer", "tuned", "width", "depth", "steps", "step", "loss"),
            "check": ("optimizer", "tuned", "depth", "layer", "step", "width", "rms", "rms_change",
                      "slope", *Hyper._fields)}
 WORDS = ("optimizer", "tuned", "layer")
@@ -464,55 +474,88 @@ def read_csv(path: pathlib.Path) -> list[Row]:
 # sweep: (x, y, what makes a panel, what makes a line)
 FIGURES = {"width": ("width", "loss", ("depth",), ("optimizer", "tuned")),
            "depth": ("depth", "loss", ("width",), ("optimizer", "tuned")),
-           "horizon": ("step", "loss", ("width",), ("optimizer", "tuned")),
+           "horizon": ("steps", "loss", ("width",), ("optimizer", "tuned")),
            "coordinate-check": ("width", "rms_change", ("optimizer", "tuned", "layer"), ("step",))}
 
 
-def label(words: Sequence[Any], separator: str = " ") -> str:
-    """Words for matplotlib, where $ then begins no formula, and _ keeps no line from the legend."""
-    words = [word if isinstance(word, str) else f"{word:g}" for word in words]
+# how figures call the shipped θ, the baselines, and the ways of tuning
+NAMES = {"mulo_m": "μLO_M", "mulo_m_128": "μLO_M, base width 128", "mulo_m_long": "μLO_M, planned",
+         "lo_m": "LO_M (SP)", "lo_m_long": "LO_M (SP), planned", "mulo_s_16": "μLO_S",
+         "mulo_s": "μLO_S, multipliers 1", "lo_s": "LO_S (SP)", "velo_mup": "μVeLO",
+         "velo_sp": "VeLO (SP)", "adamw": "AdamW", "adamw_decay": "AdamW, constant",
+         "adamw_cosine": "AdamW, cosine", "muadam": "μAdam",
+         "transfer": "tuned at the first, transferred", "per-width": "tuned at each"}
+
+def label(words: Sequence[Any], separator: str = ", ") -> str:
+    """Words for matplotlib, where $ then begins no formula."""
+    words = [NAMES.get(word, word) if isinstance(word, str) else f"{word:g}" for word in words]
     text = separator.join(word for word in words if word != "-")
-    text = text.encode(errors="replace").decode().replace("$", r"\$")
-    return f" {text}" if text.startswith("_") else text
+    return text.encode(errors="replace").decode().replace("$", r"\$")
+
+
+def widths_of_meta_training(contenders: Sequence[Contender]) -> list[int]:
+    """The narrowest and the widest network of meta-training, of all θ; empty if none is known."""
+    found = [width for contender in contenders if contender.learned is not None
+             for width in contender.learned.made.get("settings", {}).get("widths", [])]
+    return [min(found), max(found)] if found else []
 
 
 def draw_lines(axis: Any, lines: dict[tuple, list[Row]], x: str, y: str) -> None:
     """Draws the lines of one panel; what diverged is a × at its top."""
-    dots = {} if x == "step" else {"marker": "o", "markersize": 3, "capsize": 2}
     for i, (name, rows) in enumerate(lines.items()):
         color, at = f"C{i % 10}", [row[x] for row in rows]
         values = [math.nan if math.isinf(row[y]) else row[y] for row in rows]
         axis.errorbar(at, values, [row.get("std", 0.0) for row in rows], label=label(name),
-                      color=color, linewidth=1.2, **dots)
+                      color=color, linewidth=1.2, marker="o", markersize=3, capsize=2)
         gone = [row[x] for row in rows if math.isinf(row[y])]
         axis.plot(gone, [0.98 - 0.03 * i] * len(gone), "x", color=color,
                   transform=axis.get_xaxis_transform())
 
 
-def figure(sweep: str, rows: list[Row], title: str) -> bytes:
-    """The PNG of a sweep's rows (of its curves for the horizon)."""
+def name_lines(axis: Any, lines: dict[tuple, list[Row]], y: str) -> None:
+    """Writes the name of each line of a panel where it ends, one below the other."""
+    bottom, top = axis.get_ylim()
+    # at its last finite value; a line without one is named at the top
+    ends = [([top, *(row[y] for row in rows if math.isfinite(row[y]))][-1], f"C{i % 10}", name)
+            for i, (name, rows) in enumerate(lines.items())]
+    below = math.inf
+    for end, color, name in sorted(ends, key=lambda end: -end[0]):
+        below = min(end, below - 0.055 * (top - bottom))
+        axis.annotate(label(name), (1, below), (5, 0), ("axes fraction", "data"), "offset points",
+                      color=color, va="center", fontsize=8, annotation_clip=False)
+
+
+def figure(sweep: str, rows: list[Row], title: str, known: Sequence[int] = ()) -> bytes:
+    """The PNG of a sweep's rows. known: widths of meta-training, the narrowest and the widest."""
     import matplotlib.figure
 
     x, y, by_panel, by_line = FIGURES[sweep]
     check, panels = sweep == "coordinate-check", groups(rows, *by_panel)
     across = len(groups(rows, "layer")) if check else min(3, len(panels))
     down, inches = math.ceil(len(panels) / across), 2.2 if check else 4.5
-    size = max(6, inches * across), inches * down + 1
+    size = max(6, inches * across) + (0 if check else 2), inches * down + 1
     drawing = matplotlib.figure.Figure(size, dpi=120, layout="constrained")
     axes = drawing.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
     ticks = sorted({int(row[x]) for row in rows})
     for axis, (name, group) in zip(axes, panels.items()):
-        draw_lines(axis, groups(group, *by_line), x, y)
-        axis.set_xscale("log", base=10 if x == "step" else 2)
-        if x != "step":
-            axis.set_xticks(ticks, ticks, fontsize=7)
-            axis.minorticks_off()
+        lines = groups(group, *by_line)
+        draw_lines(axis, lines, x, y)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=7)
+        axis.minorticks_off()
         axis.set_yscale("log" if check else "linear")
-        axis.set_title(label(name, "\n") if check else label((*by_panel, *name)), fontsize=7)
+        axis.set_title(label(name, "\n") if check else label((*by_panel, *name), " "), fontsize=7)
         axis.grid(alpha=0.3)
+        if sweep == "width" and known:
+            axis.axvspan(known[0] / 1.1, known[1] * 1.1, color="gray", alpha=0.15, linewidth=0)
+            axis.annotate("widths of meta-training", (known[0], 0), (3, 4),
+                          ("data", "axes fraction"), "offset points", fontsize=7)
     for axis in axes[len(panels):]:
         axis.set_visible(False)
-    axes[0].legend(fontsize=7, title="step" if check else None, title_fontsize=7)
+    if check:
+        axes[0].legend(fontsize=7, title="step", title_fontsize=7)
+    else:  # in the last panel; all have the same colours
+        name_lines(axis, lines, y)
     drawing.suptitle(f"{title} (×: diverged)", fontsize=9)
     drawing.supxlabel(x, fontsize=9)
     drawing.supylabel("RMS change of pre-activations" if check else "training loss", fontsize=9)
@@ -579,7 +622,8 @@ class Journal:
         def recalled(size: Size, hyper: Hyper) -> Any:
             key = [*whose, function.__name__, size, hyper]
             if (name := json.dumps(key)) not in self.results:
-                tell(f"{function.__name__} {whose[1]} at width {size[0]}, depth {size[1]}")
+                tell(f"{function.__name__} {whose[1]} at width {size.width}, depth {size.depth}, "
+                     f"{size.steps:,} steps")
                 self.results[name] = function(size, hyper)
                 self.append([key, self.results[name]])
             return self.results[name]
@@ -600,6 +644,7 @@ class Journal:
 
 # name of the outputs: the flags that make them; {results} holds the shipped θ, {data} the data sets
 PAIR = "--theta {results}/mulo_m.npz {results}/lo_m.npz"
+PLANNED = "--theta {results}/mulo_m_long.npz {results}/lo_m_long.npz"  # horizon and decay, ours
 BASE_WIDTH = "{results}/mulo_m_128.npz"
 BOTH_MULO_M = f"--theta {{results}}/mulo_m.npz {BASE_WIDTH}"
 FIVE = f"{PAIR} {{results}}/mulo_s_16.npz {{results}}/lo_s.npz {BASE_WIDTH}"
@@ -610,12 +655,12 @@ TEXT = "--dataset text --data-dir {data}/tinyshakespeare.txt"
 BOTH = "--baselines adamw muadam"
 VELO = "--theta {results}/velo_mup.npz {results}/velo_sp.npz"  # on the synthetic data
 EXPERIMENTS = {
-    "width": f"--sweep width {SIX} {BOTH} {CIFAR} --tune both --tune-seeds 2 --seeds 4 "
-             "--widths 32 128 512",
+    "width": f"--sweep width {PAIR} {BASE_WIDTH} --baselines adamw {CIFAR} --tune both "
+             "--tune-seeds 2 --seeds 4 --widths 32 64 128 256 512 1024",
+    "width-others": f"--sweep width {ONE_WIDTH} --baselines muadam {CIFAR} --tune both "
+                    "--tune-seeds 2 --seeds 4 --widths 32 128 512",
     "width-seeds": f"--sweep width {BOTH_MULO_M} --baselines adamw {CIFAR} --tune per-width "
                    "--tune-seeds 2 --seed 1 --seeds 8 --widths 32 128 512",
-    "width-between": f"--sweep width {BOTH_MULO_M} --baselines adamw {CIFAR} --tune both "
-                     "--tune-seeds 2 --seeds 4 --widths 32 64 256",
     "width-2048": f"--sweep width {PAIR} {BASE_WIDTH} --baselines adamw {CIFAR} --tune both "
                   "--tune-seeds 1 --seeds 3 --widths 32 1024 2048",
     "width-2048-short": "--sweep width --theta {results}/mulo_s.npz {results}/lo_s.npz --baselines "
@@ -623,6 +668,11 @@ EXPERIMENTS = {
                         "--widths 32 2048",
     "depth": f"--sweep depth {FIVE} {BOTH} {CIFAR} --seeds 3 --widths 32 128",
     "horizon": f"--sweep horizon {FIVE} {BOTH} {CIFAR} --seeds 3 --widths 128",
+    "horizon-planned": f"--sweep horizon {PLANNED} --baselines adamw_decay adamw_cosine {CIFAR} "
+                       "--tune per-width --tune-seeds 2 --seeds 4 --widths 128 "
+                       "--lengths 1000 3000 10000 25000",
+    "horizon-512": f"--sweep horizon {PLANNED} {CIFAR} --seeds 2 --widths 512 "
+                   "--lengths 3000 10000",
     "pre-activations": f"--sweep coordinate-check {PAIR} {BASE_WIDTH} {CIFAR} --steps 500 "
                        "--seeds 2 --widths 32 128 512",
     "coordinate-check": f"--sweep coordinate-check {ONE_WIDTH} {{results}}/mulo_m.npz {BASE_WIDTH} "
@@ -675,14 +725,15 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """The settings that were given, and for others those of the sweep, checked."""
     given = tasks.given_flags(args, Settings)
     settings = Settings(**SWEEPS[given.get("sweep", "width")] | given)
-    if ("depth" if settings.sweep == "depth" else "depths") in given:
-        raise ValueError("--depths belongs to --sweep depth, --depth to the other sweeps")
-    missing = {"depths": (settings.depth,), "tune_steps": settings.steps,
+    for one, several, sweep in ("depth", "depths", "depth"), ("steps", "lengths", "horizon"):
+        if (one if settings.sweep == sweep else several) in given:
+            raise ValueError(f"--{several} belongs to --sweep {sweep}, --{one} to the other sweeps")
+    missing = {"depths": (settings.depth,), "lengths": (settings.steps,),
                "tune_seeds": settings.seeds}
     settings = dataclasses.replace(settings, **{name: value for name, value in missing.items()
                                                 if getattr(settings, name) is None})
     tasks.check(settings)
-    for name in ("theta", "baselines", "depths"):
+    for name in ("theta", "baselines", "depths", "lengths"):
         if len(set(values := getattr(settings, name))) < len(values):
             raise ValueError(f"--{name} {' '.join(map(str, values))}: one is given twice")
     if not settings.theta and not settings.baselines:
@@ -757,7 +808,7 @@ def load(plans: Sequence[Plan]) -> Iterator[tasks.Dataset]:
         if data not in loaded:
             loaded[data] = tasks.load_data(plan.settings, plan.download)
         for size in plan.settings.sizes:
-            tasks.task_of(plan.settings, loaded[data], *size, mup.SP)
+            tasks.task_of(plan.settings, loaded[data], size.width, size.depth, mup.SP)
         yield loaded[data]
 
 
@@ -784,8 +835,8 @@ def measure(plan: Plan, dataset: tasks.Dataset, journal: Journal) -> Rows:
                     rows.setdefault(kind, []).extend(new[kind])
                 for row in {row["tuned"]: row for row in list(new.values())[0]}.values():
                     loss = cell(row, "loss") if "loss" in row else "checked"
-                    progress.write(f"{contender.name} ({row['tuned']}), width {row['width']}, "
-                                   f"depth {row['depth']}: {loss}", sys.stderr)
+                    progress.write(f"{contender.name} ({row['tuned']}), width {row['width']}, depth "
+                                   f"{row['depth']}, {row['steps']:,} steps: {loss}", sys.stderr)
                 progress.update()
     if "check" in rows:
         add_slopes(rows["check"])
@@ -795,12 +846,13 @@ def measure(plan: Plan, dataset: tasks.Dataset, journal: Journal) -> Rows:
 def draw(plan: Plan, rows: Rows | None = None) -> bool:
     """Writes the figure of these rows, or else of the CSV; what fails is a warning, and False."""
     settings, path = plan.settings, plan.outputs["figure"]
-    kind = {"horizon": "curves", "coordinate-check": "check"}.get(settings.sweep, "table")
-    steps = settings.steps * (HORIZON[-1] if settings.sweep == "horizon" else 1)
-    title = f"{settings.task} on {settings.dataset}, {steps:,} steps, seeds: {settings.seeds}"
+    kind = "check" if settings.sweep == "coordinate-check" else "table"
+    length = "" if settings.sweep == "horizon" else f", {settings.lengths[0]:,} steps"
+    title = f"{settings.task} on {settings.dataset}{length}, seeds: {settings.seeds}"
     try:
         shown = read_csv(plan.outputs[kind]) if rows is None else rows[kind]
-        lopt.write_atomically(path, figure(settings.sweep, shown, title))
+        content = figure(settings.sweep, shown, title, widths_of_meta_training(plan.contenders))
+        lopt.write_atomically(path, content)
     except Exception as error:  # matplotlib may be of any version, or broken
         print(f"evaluate.py: warning: {path}: could not be drawn ({type(error).__name__}: "
               f"{tasks.first_line(error)})", file=sys.stderr)
@@ -822,7 +874,7 @@ def carry_out(plan: Plan, dataset: tasks.Dataset) -> None:
             rows = measure(plan, dataset, journal)
         check_outputs(plan)
         for kind in ("curves", "table", "check"):  # NAME.csv is the last: where it is, all are
-            if kind in rows:
+            if kind in outputs:
                 write_csv(outputs[kind], rows[kind], COLUMNS[kind])
     wrote = [path for kind, path in outputs.items() if kind != "figure" or draw(plan, rows)]
     shown = check_table(rows["check"]) if "check" in rows else table(rows["table"])

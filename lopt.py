@@ -73,8 +73,8 @@ class Learned(NamedTuple):
     one that θ was meta-trained in, hence needs. architecture: the rule that θ belongs to, small_fc_lopt or velo. made:
     how θ was meta-trained (JSON).
 
-    Ours, and 0 in the paper: decay, the share of the params that each update also takes away, whatever the width; and
-    horizon: where it is not 0, and the planned number of steps is given, small_fc_lopt's time t runs from 0 to horizon.
+    Ours, and 0 in the paper: decay, the share of the params that each update also takes away, whatever the width (with
+    a horizon, times `pace_of`); and horizon, with which small_fc_lopt trains as if every run had that many steps.
     """
     theta: dict[str, Array]
     step_mult: float
@@ -164,7 +164,7 @@ class Statistics(NamedTuple):
     """All that the features of one tensor are made of: g, p, v [S]; m [3, S]; r, c [3, S] as in `Averages`.
 
     rho, kappa: Adafactor's factors ρ and κ, shaped as r and c; None for a tensor that is not factored, where c is r.
-    t: updates made before this one, a number.
+    t: updates made before this one, in small_fc_lopt times `pace_of`; a number.
     """
     g: Array
     p: Array
@@ -303,6 +303,19 @@ def plain_update(features_of: Callable[[Statistics], list[Feature]], learned: Le
     return mlp_update(learned, dense(learned.theta["w0"], x, learned.theta["b0"]))
 
 
+def pace_of(learned: Learned, num_steps: int | Array | None) -> float | Array:
+    """Ours: horizon / num_steps, or 1 for a θ without a horizon, and where no number of steps is planned.
+
+    With num_steps = 25 · horizon the pace is 1/25: the time that the features see, and the decay, advance 1/25 as fast.
+    Updates are multiplied by √pace = 1/5: T random steps add up to √T of one, so that a random walk ends as far away
+    whatever its length.
+    """
+    if not learned.horizon or num_steps is None:
+        return 1.0
+    check_num_steps(num_steps)
+    return learned.horizon / num_steps
+
+
 class LearnedOptimizerState(NamedTuple):
     """step: int32, updates made so far. averages: one `Averages` for each leaf of the params."""
     step: Array
@@ -320,20 +333,19 @@ def learned_optimizer(learned: Learned, update_multipliers: Tree = 1.0, gradient
 
     The averages are float32 and so is all arithmetic (float64 for params of float64); updates have the params' types.
     State and updates are sharded as the params are. Raises ValueError for a θ that does not fit its architecture, for
-    complex params, and for params without a multiplier.
+    num_steps below 1 where they are used, for complex params, and for params without a multiplier.
     """
     if learned.architecture == "velo":
         return velo(learned, update_multipliers, gradient_multiplier, num_steps)
     check_theta(learned.theta)
+    pace = pace_of(learned, num_steps)
 
     def init(params: Tree) -> LearnedOptimizerState:
         return LearnedOptimizerState(jnp.zeros((), jnp.int32), tuple(map(init_averages, jax.tree.leaves(params))))
 
     def update(grads: Tree, state: LearnedOptimizerState, params: Tree, *,
                value: Array | None = None) -> tuple[Tree, LearnedOptimizerState]:
-        decays, t = trained_decays(learned.theta), state.step
-        if learned.horizon and num_steps is not None:
-            t = t * (learned.horizon / num_steps)
+        decays = trained_decays(learned.theta)
 
         def of_tensor(g: Array, p: Array, averages: Averages, multiplier: float | Array):
             if jnp.size(p) == 0:
@@ -342,9 +354,9 @@ def learned_optimizer(learned: Learned, update_multipliers: Tree = 1.0, gradient
             g = gradient_multiplier * jnp.where(jnp.isfinite(g), g, 0.0)
             averages = update_averages(averages, g, decays)
             # `plain_update` of the same arguments is the same, only slower.
-            update = fast_update(features, learned, statistics(averages, g, p, t))
+            update = fast_update(features, learned, statistics(averages, g, p, pace * state.step))
             update = multiplier * update  # μP acts here: a hidden weight moves 1/fan_in as far
-            return -update - learned.decay * p, averages
+            return -pace**0.5 * update - pace * learned.decay * p, averages
 
         leaves, treedef = jax.tree.flatten(params)
         moved = [of_tensor(*x) for x in zip(treedef.flatten_up_to(grads), leaves, state.averages,
@@ -508,8 +520,7 @@ def velo(learned: Learned, update_multipliers: Tree = 1.0, gradient_multiplier: 
     check_velo_theta(theta)
     if num_steps is None:
         raise ValueError("VeLO needs the planned number of updates: give num_steps, for instance num_steps=1000")
-    if not isinstance(num_steps, jax.core.Tracer) and num_steps < 1:
-        raise ValueError(f"VeLO needs at least one planned update, but num_steps is {num_steps}")
+    check_num_steps(num_steps)
     num_steps = jnp.asarray(num_steps, jnp.float32)
     decays = Decays(jnp.asarray(MOMENTUM_BETAS, jnp.float32), jnp.float32(RMS_BETAS[0]),
                     jnp.asarray(ADAFACTOR_BETAS, jnp.float32))
@@ -747,6 +758,12 @@ def multiplier_of_each(multipliers: Tree, params: Tree) -> list[float | Array]:
             raise ValueError(f"update_multipliers have no number for the params at {jax.tree_util.keystr(path)}")
         found.append(reached[0])
     return found
+
+
+def check_num_steps(num_steps: int | Array) -> None:
+    """Raises ValueError where less than one update is planned; a traced number is not known yet."""
+    if not isinstance(num_steps, jax.core.Tracer) and num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}, but at least one update must be planned")
 
 
 def check_theta(theta: dict[str, Array]) -> None:

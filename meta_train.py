@@ -106,9 +106,9 @@ class Settings(tasks.TaskSettings):
     exp_mult: float = of_lopt(0.001, "scale of the log-magnitudes", low=0, below=1e18, metavar="c")
     decay: float = of_lopt(0.0, "share of the weights that each update also takes away, at any "
                            "width; the paper has none", low=0, below=1, metavar="λ")
-    horizon: int = of_lopt(0, "where not 0, the small MLP's time runs from 0 to this over each "
-                           "run, whatever its length; in the paper it counts updates", low=0,
-                           below=2**30, metavar="T")
+    horizon: int = of_lopt(0, "where not 0, the small MLP trains as if each run had this many "
+                           "steps: in a run of L, time and decay are multiplied by T/L, updates by "
+                           "√(T/L)", low=0, below=2**30, metavar="T")
     start: str = of_lopt("random", "the θ that meta-training begins with, without --first-theta: "
                          "random as in the paper, or adam, which is Adam beside a small random "
                          "rest (ours)", choices=("random", "adam"))
@@ -158,6 +158,9 @@ def check(settings: Settings) -> None:
     need(is_mup or settings.base_width == 0, "base_width", "SP has none")
     need(settings.start == "random" or settings.hidden > 1, "start",
          "needs an MLP with two hidden units at least")
+    need(settings.optimizer == "velo" or settings.decay * settings.horizon < settings.min_length,
+         "decay", f"with --horizon {settings.horizon}, one update of the shortest run, --min-length "
+         f"{settings.min_length}, would take all weights away")
     need(settings.truncation <= settings.min_length, "truncation",
          f"longer than the shortest run, --min-length {settings.min_length}")
     need(settings.min_length <= settings.max_length, "min_length",

@@ -8,6 +8,7 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, side_by_side
@@ -88,7 +89,7 @@ def test_losses_are_those_of_tasks_train(dataset):
     np.testing.assert_array_equal(jax.random.key_data(keys),
                                   jax.random.key_data(evaluate.seed_keys(jax.random.key(3), 5)[:2]))
     muadam = BASELINES["muadam"]
-    parametrization = mup.Parametrization("mup", *muadam.start[1:])
+    parametrization = mup.Parametrization("mup", *muadam.start[2:])
     learned = muadam._replace(learned=lopt.Learned(lopt.init_theta(keys[0]), 0.01),
                               parametrization=parametrization)
 
@@ -106,16 +107,34 @@ def test_losses_are_those_of_tasks_train(dataset):
 
 
 def test_hyperparameters_reach_the_network(dataset):
-    """Every field of Hyper changes the losses of μAdam, and in SP only the learning rate does."""
+    """A field of Hyper changes the losses of the baselines for which it is tuned. Of others it does nothing in SP, or
+    is 0, as the weight decay."""
     task_in = functools.partial(tasks.task_of, tasks.TaskSettings(batch_size=8), dataset, 8, 2)
     keys = evaluate.seed_keys(jax.random.key(0), 1)
-    for name, expected in (("muadam", set(Hyper._fields)), ("adamw", {"learning_rate"})):
+    for name in ("muadam", "adamw", "adamw_cosine"):
         train, _ = evaluate.compiled(BASELINES[name], task_in, 4, 1)
         start = BASELINES[name].start
         losses = lambda hyper: np.asarray(train(hyper, keys, dataset.train)[1])
         changed = {field for field in Hyper._fields
                    if not np.allclose(losses(start), losses(start._replace(**{field: 2 * getattr(start, field)})))}
-        assert changed == expected == set(BASELINES[name].factors)
+        assert changed == set(BASELINES[name].factors)
+
+
+def test_a_cosine_ends_at_a_learning_rate_of_0():
+    """After the planned steps nothing moves; before the first, all as without a cosine."""
+    task_in = lambda parametrization: types.SimpleNamespace(update_multipliers=1.0)
+    params = {"w": jnp.ones((2, 3))}
+
+    def update_at(name, t):
+        contender = BASELINES[name]
+        optimizer = contender.on(task_in, contender.start)[1](100)
+        state = optimizer.init(params)._replace(step=jnp.int32(t))
+        return np.asarray(optimizer.update(params, state, params)[0]["w"])
+
+    np.testing.assert_allclose(update_at("adamw_cosine", 0), update_at("adamw_decay", 0), rtol=1e-6)
+    np.testing.assert_allclose(update_at("adamw_cosine", 50), update_at("adamw_decay", 50) / 2, rtol=1e-5)
+    np.testing.assert_allclose(update_at("adamw_cosine", 100), 0.0, atol=1e-10)
+    assert np.all(update_at("adamw_decay", 100) < 0)
 
 
 def test_diverged_runs_are_named_and_counted():
@@ -168,8 +187,8 @@ def test_tune_walks_to_the_optimum():
 
 
 def test_transfer_and_per_width_tuning():
-    """The optimum halves at each size: transfer keeps the first, per-width follows and tunes nothing else."""
-    sizes = [(32, 3), (64, 3), (128, 3)]
+    """The optimum halves at each size: transfer keeps the first, per-width follows and tunes no multipliers."""
+    sizes = [evaluate.Size(width, 3, 10) for width in (32, 64, 128)]
     loss_at = lambda size, hyper: (np.log2(hyper.learning_rate * size[0] / 32 / 0.032) ** 2
                                    + np.log2(hyper.output_mult * size[0] / 32) ** 2)
     choose = lambda how: list(evaluate.hyperparameters(BASELINES["muadam"], how, sizes, loss_at))
@@ -181,15 +200,24 @@ def test_transfer_and_per_width_tuning():
     assert choose("per-width") == [{"per-width": c["per-width"]} for c in both]
     assert choose("none") == [{"none": BASELINES["muadam"].start}] * 3
 
+    loss_at = lambda size, hyper: (np.log2(hyper.learning_rate / 0.004) ** 2
+                                   + np.log(hyper.weight_decay * size.width / 3.2) ** 2)
+    tuned = evaluate.hyperparameters(BASELINES["adamw_decay"], "per-width", [sizes[0], evaluate.Size(128, 3, 10)],
+                                     loss_at)
+    assert [choice["per-width"][:2] for choice in tuned] == [(0.004, 0.1), (0.004, 0.025)]
+
 
 def test_horizon_and_depth_sweeps(tmp_path):
-    assert command(*TINY, "--sweep", "horizon", "--widths", "8", "--baselines", "adamw", "--tune", "none",
-                   "--steps", "20", "--out", tmp_path) == 0
+    assert command(*TINY[:-2], "--sweep", "horizon", "--widths", "8", "--baselines", "adamw", "--tune", "none",
+                   "--lengths", "20", "60", "200", "500", "--out", tmp_path) == 0
     rows, curve = read(tmp_path / "horizon.csv"), read(tmp_path / "horizon-curves.csv")
-    assert [row["steps"] for row in rows] == ["20", "100", "500"]
-    assert [row["test_loss"] == "-" for row in rows] == [True, True, False]
-    assert len(curve) == 167 and curve[0]["step"] == "3" and curve[-1]["step"] == "500"
-    assert float(curve[-1]["loss"]) < float(curve[0]["loss"])
+    assert [row["steps"] for row in rows] == ["20", "60", "200", "500"]
+    assert all(float(row["test_loss"]) > 0 for row in rows)
+    longest = [row for row in curve if row["steps"] == "500"]
+    assert len(curve) == 20 + 60 + 200 + 167 and longest == curve[-167:]
+    assert longest[0]["step"] == "3" and longest[-1]["step"] == "500"
+    assert float(longest[-1]["loss"]) < float(longest[0]["loss"])
+    assert [row["loss"] for row in curve[20:40]] == [row["loss"] for row in curve[:20]]  # only the lengths differ
 
     assert command("--sweep", "depth", "--depths", "1", "2", "--widths", "8", "--batch-size", "8", "--steps", "3",
                    "--baselines", "adamw", "--tune", "none", "--name", "deep", "--out", tmp_path) == 0
@@ -245,7 +273,9 @@ def test_figures(sweep):
     common = {"optimizer": "a", "tuned": "-", "width": 8, "depth": 3, "layer": "logits", "step": 1}
     rows = [common | {x: 8, "loss": 1.5, "std": 0.1, "rms_change": 0.3},
             common | {x: 16, "loss": np.inf, "std": np.nan, "rms_change": np.inf}]
-    assert evaluate.figure(sweep, rows, "title").startswith(b"\x89PNG")
+    drawn = [evaluate.figure(sweep, rows, "title", known) for known in ([], [8, 8], [8, 16])]
+    assert all(png.startswith(b"\x89PNG") for png in drawn)
+    assert len(set(drawn)) == (3 if sweep == "width" else 1)  # the widths of meta-training are seen, of one θ or more
 
 
 def test_missing_matplotlib_is_said_at_once(theta, tmp_path, monkeypatch, capsys):
@@ -270,6 +300,9 @@ def test_missing_matplotlib_is_said_at_once(theta, tmp_path, monkeypatch, capsys
     (["--baselines", "adamw", "--depths", "3"], "--depths belongs to --sweep depth"),
     (["--baselines", "adamw", "--sweep", "depth", "--depth", "3"], "--depths belongs to --sweep depth"),
     (["--baselines", "adamw", "--sweep", "depth", "--depths", "3", "0"], "--depths [3, 0]: must be between"),
+    (["--baselines", "adamw", "--sweep", "horizon", "--steps", "3"], "--lengths belongs to --sweep horizon"),
+    (["--baselines", "adamw", "--lengths", "3"], "--lengths belongs to --sweep horizon, --steps to the other sweeps"),
+    (["--baselines", "adamw", "--sweep", "horizon", "--lengths", "3", "3"], "--lengths 3 3: one is given twice"),
     (["--baselines", "adamw", "--sweep", "coordinate-check", "--widths", "8"], "needs two or more"),
     (["--baselines", "adamw", "--name", "a/b"], "--name 'a/b': must be the beginning of a file name"),
     (["--baselines", "adamw", "--seed", "-1"], "--seed -1: must be between"),
@@ -307,9 +340,10 @@ def test_shipped_tables_are_those_of_their_commands(name):
     settings = plan.settings
     assert column("width") == set(map(str, settings.widths)) and column("depth") == set(map(str, settings.depths))
     if "seeds" in rows[0]:  # not in a coordinate check
-        times = evaluate.HORIZON if settings.sweep == "horizon" else (1,)
         assert column("seeds") == {str(settings.seeds)}
-        assert column("steps") == {str(settings.steps * n) for n in times}
+        assert column("steps") == set(map(str, settings.lengths))
+    if name in ("width", "horizon-planned"):  # their figures stand for the whole: few lines
+        assert len({(row["optimizer"], row["tuned"]) for row in rows}) <= 5
 
 
 def test_reproduce_goes_on_after_what_is_done(tmp_path, monkeypatch, capsys):
@@ -479,14 +513,14 @@ def test_names_of_files_are_drawn_as_they_are(theta, tmp_path, monkeypatch, caps
     names = ["a$b_^$c", "_best", "µ\udcff"]  # the last is a byte that is no UTF-8
     for name in names:
         lopt.save(tmp_path / f"{name}.npz", lopt.load(theta))
-    legends, legend = [], axes.legend
-    monkeypatch.setattr(axes, "legend", lambda *args, **kwargs: legends.append(legend(*args, **kwargs)))
+    written, annotate = [], axes.annotate
+    monkeypatch.setattr(axes, "annotate", lambda *args, **kwargs: written.append(annotate(*args, **kwargs)))
     monkeypatch.setattr(evaluate, "sweep", lambda settings, dataset, contender, remember: iter([{"table": [
-        {"optimizer": contender.name, "tuned": "-", "width": 8, "depth": 1, "loss": 2.0}]}]))
+        {"optimizer": contender.name, "tuned": "-", "width": 8, "depth": 1, "steps": 2, "loss": 2.0}]}]))
     paths = [tmp_path / f"{name}.npz" for name in names]
     assert command(*ONE, "--theta", *paths, "--plot", "--out", tmp_path) == 0
     assert "warning" not in capsys.readouterr().err
-    texts = [text.get_text().strip().replace("\\$", "$") for text in legends[0].get_texts()]
+    texts = [text.get_text().strip().replace("\\$", "$") for text in written]
     assert texts == ["a$b_^$c", "_best", "µ?"] and (tmp_path / "width.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "width.csv").read_bytes().count("µ".encode() + b"\xff,-,8,1") == 1
 
@@ -519,8 +553,7 @@ def test_reproduce_loads_all_data_before_it_trains(dataset, tmp_path, monkeypatc
 def test_reproduce_draws_a_figure_that_alone_is_missing(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(evaluate, "QUICK", {"horizon": evaluate.EXPERIMENTS["horizon"]})
-    for name in ("horizon.csv", "horizon-curves.csv"):
-        (tmp_path / name).write_bytes((ROOT / "results" / name).read_bytes())
+    (tmp_path / "horizon.csv").write_bytes((ROOT / "results" / "horizon.csv").read_bytes())
     assert command("--reproduce", "quick", "--plot", "--out", tmp_path) == 0
     assert "warning" not in capsys.readouterr().err
     assert (tmp_path / "horizon.png").read_bytes().startswith(b"\x89PNG")

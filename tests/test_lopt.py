@@ -901,8 +901,9 @@ def test_decay_takes_the_same_share_of_the_params_at_any_width_and_learning_rate
                      moved(plain), moved(decaying), params)
 
 
-def test_with_a_horizon_time_runs_over_the_planned_steps():
-    """Update 30 of planned 300 is what update 10 of 100 is, and θ without a horizon knows of no plan."""
+def test_with_a_horizon_a_longer_run_goes_at_a_slower_pace():
+    """Update 40 of planned 400 is half of update 10 of 100, but for a quarter of its decay; θ without a horizon knows
+    of no plan."""
     learned = lopt.Learned(lopt.init_theta(jax.random.key(3)), 0.01, horizon=100)
     params = jax.random.normal(jax.random.key(1), (4, 6))
 
@@ -912,7 +913,11 @@ def test_with_a_horizon_time_runs_over_the_planned_steps():
 
     expected = update_at(10, learned._replace(horizon=0), 100)
     np.testing.assert_array_equal(expected, update_at(10, learned._replace(horizon=0), None))
-    np.testing.assert_allclose(update_at(30, learned, 300), expected, rtol=1e-5)
-    traced = jax.jit(lambda num_steps: update_at(30, learned, num_steps))(300)
-    np.testing.assert_allclose(traced, expected, rtol=1e-5)
-    assert not np.allclose(update_at(30, learned, None), expected, rtol=1e-3)
+    np.testing.assert_allclose(update_at(40, learned, 400), expected / 2, rtol=1e-5)
+    traced = jax.jit(lambda num_steps: update_at(40, learned, num_steps))(400)
+    np.testing.assert_allclose(traced, expected / 2, rtol=1e-5)
+    decaying = update_at(40, learned._replace(decay=0.2), 400)
+    np.testing.assert_allclose(decaying, expected / 2 - 0.05 * params, rtol=1e-5)
+    np.testing.assert_array_equal(update_at(40, learned, None), update_at(40, learned._replace(horizon=0), None))
+    with pytest.raises(ValueError, match="num_steps is 0, but at least one"):
+        lopt.learned_optimizer(learned, num_steps=0)
