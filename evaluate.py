@@ -361,8 +361,9 @@ def sweep(settings: Settings, dataset: tasks.Dataset, contender: Contender,
 
     @remember
     def measuring(size: Size, hyper: Hyper) -> Rows:
-        measure = pre_activations if settings.sweep == "coordinate-check" else after_training
-        return measure(job_at(size), hyper)
+        if settings.sweep == "coordinate-check":
+            return pre_activations(job_at(size), hyper)
+        return after_training(job_at(size), hyper)
 
     choices_at = hyperparameters(contender, settings.tune, settings.sizes, tuning)
     for size, choices in zip(settings.sizes, choices_at):

@@ -583,12 +583,12 @@ def init_velo_theta(key: Array, lstm_hidden: int = 512, bank: int = 256) -> dict
     """
     theta, shapes = {}, velo_shapes(lstm_hidden, bank)
     for (name, shape), key in zip(shapes.items(), jax.random.split(key, len(shapes))):
-        normal = jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)
+        normal = functools.partial(jax.random.truncated_normal, key, -2.0, 2.0, shape, jnp.float32)
         if name == "rnn_params/rnn_to_controls/b":
-            theta[name] = 0.2 * normal
+            theta[name] = 0.2 * normal()
         elif name.split("/")[-1].startswith("w"):
             fan_in = 30 if "/w0__" in name else shape[-2]
-            theta[name] = normal / math.sqrt(fan_in) * (math.sqrt(bank) / 20 if "ff_mod_stack" in name else 1.0)
+            theta[name] = normal() / math.sqrt(fan_in) * (math.sqrt(bank) / 20 if "ff_mod_stack" in name else 1.0)
         else:
             theta[name] = jnp.full(shape, float(name == "rnn_params/step_size/b"), jnp.float32)
     return theta
