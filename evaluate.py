@@ -52,7 +52,7 @@ from mup import Array, Tree
 from tasks import setting
 
 Row = dict[str, Any]  # words and numbers by column: inf if it diverged, nan if there is none
-Rows = dict[str, list[Row]]  # of each table: "table" and "curves", or "check"
+Rows = dict[str, list[Row]]  # of each table: "table" (and "curves" of the horizon), or "check"
 TaskIn = Callable[[mup.Parametrization], tasks.Task]  # the task of one size, in any parametrization
 MakeOptimizer = Callable[[int], lopt.Optimizer]  # a function of the planned number of steps
 
@@ -282,7 +282,7 @@ def or_inf(x: Any) -> float:
 
 
 def after_training(job: Job, hyper: Hyper) -> Rows:
-    """The losses of all seeds at the end, in training and in a test, and their curve."""
+    """The losses of all seeds at the end, in training and in a test; their curve over a horizon."""
     train, test = job.programs(job.steps, job.settings.seeds)
     params, losses = train(hyper, keys_of(job.settings)[0], job.dataset.train)
     losses, max_loss = np.asarray(losses), job.task_in(mup.SP).max_loss
@@ -291,7 +291,8 @@ def after_training(job: Job, hyper: Hyper) -> Rows:
         test_losses, accuracies = test(hyper, params, job.dataset.test)
         row |= {"test_loss": or_inf(np.mean(test_losses)),
                 "test_accuracy": or_inf(np.mean(accuracies))}
-    return {"table": [row], "curves": smooth(losses, max_loss)}
+    curves = {"curves": smooth(losses, max_loss)} if job.settings.sweep == "horizon" else {}
+    return {"table": [row], **curves}
 
 
 def summary(losses: np.ndarray, max_loss: float) -> Row:
@@ -477,8 +478,6 @@ FIGURES = {"width": ("width", "loss", ("depth",), ("optimizer", "tuned")),
            "depth": ("depth", "loss", ("width",), ("optimizer", "tuned")),
            "horizon": ("steps", "loss", ("width",), ("optimizer", "tuned")),
            "coordinate-check": ("width", "rms_change", ("optimizer", "tuned", "layer"), ("step",))}
-
-
 # how figures call the shipped θ, the baselines, and the ways of tuning
 NAMES = {"mulo_m": "μLO_M", "mulo_m_128": "μLO_M, base width 128", "mulo_m_long": "μLO_M, planned",
          "lo_m": "LO_M (SP)", "lo_m_long": "LO_M (SP), planned", "mulo_s_16": "μLO_S",
@@ -486,6 +485,7 @@ NAMES = {"mulo_m": "μLO_M", "mulo_m_128": "μLO_M, base width 128", "mulo_m_lon
          "velo_sp": "VeLO (SP)", "adamw": "AdamW", "adamw_decay": "AdamW, constant",
          "adamw_cosine": "AdamW, cosine", "muadam": "μAdam",
          "transfer": "tuned at the first, transferred", "per-width": "tuned at each"}
+
 
 def label(words: Sequence[Any], separator: str = ", ") -> str:
     """Words for matplotlib, where $ then begins no formula."""
@@ -847,7 +847,7 @@ def measure(plan: Plan, dataset: tasks.Dataset, journal: Journal) -> Rows:
 def draw(plan: Plan, rows: Rows | None = None) -> bool:
     """Writes the figure of these rows, or else of the CSV; what fails is a warning, and False."""
     settings, path = plan.settings, plan.outputs["figure"]
-    kind = "check" if settings.sweep == "coordinate-check" else "table"
+    kind, *_ = plan.outputs
     length = "" if settings.sweep == "horizon" else f", {settings.lengths[0]:,} steps"
     title = f"{settings.task} on {settings.dataset}{length}, seeds: {settings.seeds}"
     try:
@@ -875,7 +875,7 @@ def carry_out(plan: Plan, dataset: tasks.Dataset) -> None:
             rows = measure(plan, dataset, journal)
         check_outputs(plan)
         for kind in ("curves", "table", "check"):  # NAME.csv is the last: where it is, all are
-            if kind in outputs:
+            if kind in rows:
                 write_csv(outputs[kind], rows[kind], COLUMNS[kind])
     wrote = [path for kind, path in outputs.items() if kind != "figure" or draw(plan, rows)]
     shown = check_table(rows["check"]) if "check" in rows else table(rows["table"])

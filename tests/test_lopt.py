@@ -919,5 +919,6 @@ def test_with_a_horizon_a_longer_run_goes_at_a_slower_pace():
     decaying = update_at(40, learned._replace(decay=0.2), 400)
     np.testing.assert_allclose(decaying, expected / 2 - 0.05 * params, rtol=1e-5)
     np.testing.assert_array_equal(update_at(40, learned, None), update_at(40, learned._replace(horizon=0), None))
+    assert not np.allclose(update_at(40, learned, None), expected, rtol=1e-3)
     with pytest.raises(ValueError, match="num_steps is 0, but at least one"):
         lopt.learned_optimizer(learned, num_steps=0)
