@@ -399,12 +399,27 @@ def add_slopes(rows: list[Row]) -> None:
 
 
 def over_seeds(function: Callable, seeds: int) -> Callable:
-    """Jits function(hyper, tree of one seed, split) for trees of S seeds, shared among devices."""
-    devices = jax.devices()
-    mesh = Mesh(np.array(devices[:tasks.largest_divisor(seeds, len(devices))]), ("seeds",))
+    """Jits function(hyper, tree of one seed, split) for trees of S seeds, shared among devices.
+
+    A device takes its seeds one by one on a CPU, where the state of one stays in the cache (1.3 to
+    1.6 times as fast), on an accelerator side by side. The first seeds fill up the last shares.
+    """
+    share = math.ceil(seeds / len(jax.devices()))
+    count = math.ceil(seeds / share)
+    mesh = Mesh(np.array(jax.devices()[:count]), ("seeds",))
     everywhere, by_seed = PartitionSpec(), PartitionSpec("seeds")
-    return jax.jit(jax.shard_map(jax.vmap(function, (None, 0, None)), mesh=mesh, check_vma=False,
-                                 in_specs=(everywhere, by_seed, everywhere), out_specs=by_seed))
+
+    def on_device(hyper: Hyper, trees: Tree, split: tasks.Split) -> Tree:
+        at_once = None if jax.default_backend() == "cpu" else share
+        return jax.lax.map(lambda tree: function(hyper, tree, split), trees, batch_size=at_once)
+
+    def over_all(hyper: Hyper, trees: Tree, split: tasks.Split) -> Tree:
+        full = jax.tree.map(lambda x: jnp.concatenate([x, x[:count * share - seeds]]), trees)
+        spread = jax.shard_map(on_device, mesh=mesh, check_vma=False, out_specs=by_seed,
+                               in_specs=(everywhere, by_seed, everywhere))
+        return jax.tree.map(lambda x: x[:seeds], spread(hyper, full, split))
+
+    return jax.jit(over_all)
 
 
 # --------------------------------------------------------------------------------------------------

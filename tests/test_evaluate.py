@@ -106,6 +106,20 @@ def test_losses_are_those_of_tasks_train(dataset):
     assert of_adam[0, 0] != of_adam[1, 0]
 
 
+@pytest.mark.parametrize("seeds", [1, 5, 8, 9, 11])
+def test_any_number_of_seeds_fits_the_devices(seeds):
+    """Each seed in its place, whether the eight devices divide them or not, or are more."""
+    trees = {"key": evaluate.seed_keys(jax.random.key(0), seeds), "x": jnp.arange(seeds * 2.0).reshape(seeds, 2)}
+
+    def function(hyper, tree, split):
+        return hyper * tree["x"] + split, jax.random.uniform(tree["key"])
+
+    assert len(jax.devices()) == 8
+    y, draws = evaluate.over_seeds(function, seeds)(3.0, trees, 1.0)
+    np.testing.assert_array_equal(y, 3 * trees["x"] + 1)
+    np.testing.assert_array_equal(draws, jax.vmap(jax.random.uniform)(trees["key"]))
+
+
 def test_hyperparameters_reach_the_network(dataset):
     """A field of Hyper changes the losses of the baselines for which it is tuned. Of others it does nothing in SP, or
     is 0, as the weight decay."""

