@@ -812,20 +812,13 @@ def reproductions(args: argparse.Namespace) -> list[Plan]:
 # --------------------------------------------------------------------------------------------------
 # The run
 
-# the settings of a data set
-DATA = ("dataset", "data_dir", "image_size", "vocab_size", "sequence_length")
-
-
-def load(plans: Sequence[Plan]) -> Iterator[tasks.Dataset]:
-    """The data set of each plan, loaded once for all that share it, if it fits the networks."""
-    loaded: dict[tuple, tasks.Dataset] = {}
-    for plan in plans:
-        data = tuple(getattr(plan.settings, name) for name in DATA)
-        if data not in loaded:
-            loaded[data] = tasks.load_data(plan.settings, plan.download)
+def load(plans: Sequence[Plan]) -> list[tasks.Dataset]:
+    """The data set of each plan, if it fits the networks."""
+    datasets = tasks.load_each([plan.settings for plan in plans], [plan.download for plan in plans])
+    for plan, dataset in zip(plans, datasets):
         for size in plan.settings.sizes:
-            tasks.task_of(plan.settings, loaded[data], size.width, size.depth, mup.SP)
-        yield loaded[data]
+            tasks.task_of(plan.settings, dataset, size.width, size.depth, mup.SP)
+    return datasets
 
 
 def record(settings: Settings, dataset: tasks.Dataset) -> dict[str, Any]:
@@ -908,7 +901,7 @@ def run(argv: Sequence[str] | None) -> int:
     else:
         plans = [prepare(argv)]
         check_outputs(plans[0])
-    for plan, dataset in zip(plans, list(load(plans))):  # all data are there before the first run
+    for plan, dataset in zip(plans, load(plans)):  # all data are there before the first run
         carry_out(plan, dataset)
     return 0
 

@@ -64,6 +64,7 @@ from tasks import setting
 # Settings
 
 SQUARABLE = dict(above=1e-18, below=1e18)  # bounds of a number whose square float32 must hold
+of_task = functools.partial(setting, group="inner task")
 of_pes = functools.partial(setting, group="PES")
 of_lopt = functools.partial(setting, group="learned optimizer")
 of_meta = functools.partial(setting, group="meta-optimizer")
@@ -72,6 +73,10 @@ of_meta = functools.partial(setting, group="meta-optimizer")
 @dataclasses.dataclass(frozen=True)
 class Settings(tasks.TaskSettings):
     """Everything that decides the result of a run, said once, here: the flags are made of it."""
+    also: tuple[str, ...] = of_task(
+        (), "a further inner task: its flags of this group in one argument, as in '--task lm "
+        "--dataset text --data-dir shakespeare.txt'; those left out have their defaults; may be "
+        "given several times", metavar="FLAGS", distinct="a task is repeated")
     parametrization: str = setting("mup", "that of the inner networks", choices=("mup", "sp"))
     input_mult: float = setting(1.0, "μP's multiplier of the first layer", metavar="c",
                                 **SQUARABLE)
@@ -152,6 +157,8 @@ def check(settings: Settings) -> None:
             raise ValueError(f"{tasks.flag(name)} {getattr(settings, name)}: {why}")
 
     tasks.check(settings)  # each by its own bounds; what follows relates several
+    for flags in settings.also:
+        further_task(flags)
     is_mup = settings.parametrization == "mup"
     for name in MULTIPLIERS:
         need(is_mup or getattr(settings, name) == 1, name, "SP has no multipliers")
@@ -169,6 +176,25 @@ def check(settings: Settings) -> None:
          f"must be at most the shortest run, --min-length {settings.min_length}")
     need(settings.meta_steps * settings.truncation < 2**31, "meta_steps",
          "too many inner steps to be counted")
+
+
+def further_task(flags: str) -> tuple[tasks.TaskSettings, bool]:
+    """(the settings of a task of --also, whether its data are to be fetched first).
+
+    Raises ValueError for flags that are wrong, or that are one for all tasks.
+    """
+    parser = tasks.CommandLine(prog="--also", add_help=False, allow_abbrev=False)
+    tasks.add_flags(parser, tasks.TaskSettings)
+    try:
+        args = parser.parse_args(shlex.split(flags))
+        settings = tasks.TaskSettings(**tasks.given_flags(args, tasks.TaskSettings))
+        tasks.check(settings)
+        for name in ("seed", "matmul_precision"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"{tasks.flag(name)} is one for all tasks: give it outside")
+        return settings, bool(args.download)
+    except ValueError as error:
+        raise ValueError(f"--also {flags!r}: {error}") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -285,11 +311,12 @@ class Metrics(NamedTuple):
 
 def make_meta_step(settings: Settings, inner_tasks: Sequence[tasks.Task], mesh: Mesh,
                    learned: lopt.Learned) -> tuple[Callable, Callable]:
-    """(init() → MetaState, meta_step(state, split) → (MetaState, Metrics)), jitted over a mesh.
+    """(init() → MetaState, meta_step(state, splits) → (MetaState, Metrics)), jitted over a mesh.
 
-    learned: what meta-training begins with. Each device holds and unrolls its share of every
-    task's pairs; only the pairs' gradients travel between them. θ is one vector here: with an
-    operation for each of its nine arrays, XLA would take seconds longer to compile.
+    learned: what meta-training begins with. splits: the training data of each task. Each device
+    holds and unrolls its share of every task's pairs; only the pairs' gradients travel between
+    them. θ is one vector here: with an operation for each of its nine arrays, XLA would take
+    seconds longer to compile.
     """
     pes = es.Settings(settings.sigma, settings.truncation, settings.min_length, settings.max_length,
                       settings.max_offset)
@@ -318,16 +345,17 @@ def make_meta_step(settings: Settings, inner_tasks: Sequence[tasks.Task], mesh: 
         pairs = tuple(map(first_runs, inner_tasks, keys))
         return MetaState(theta, adamw.init(theta), pairs, jnp.zeros((), jnp.int32))
 
-    def meta_step(state: MetaState, split: tasks.Split) -> tuple[MetaState, Metrics]:
+    def meta_step(state: MetaState,
+                  splits: Sequence[tasks.Split]) -> tuple[MetaState, Metrics]:
         # PES, on each task: its N pairs are perturbed, unrolled K steps, and give a mean estimate
-        def truncation(task, keys, pairs):
+        def truncation(task, split, keys, pairs):
             def of_pair(key, pair, theta, split, meta_step):
                 return es.truncation(inner(task), theta, pair, key, split, meta_step, pes)
 
             everywhere = state.theta, split, state.meta_step
             return es.over_pairs(of_pair, mesh)(keys, pairs, *everywhere)
 
-        estimates, pairs = zip(*map(truncation, inner_tasks, keys, state.pairs))
+        estimates, pairs = zip(*map(truncation, inner_tasks, splits, keys, state.pairs))
 
         # The meta-gradient: the mean over the tasks, with 0 for what is not finite
         gradient, meta_loss = (sum(of_tasks) / len(inner_tasks) for of_tasks in zip(*estimates))
@@ -368,17 +396,18 @@ def zero_nonfinite(x: Array) -> tuple[Array, Array]:
     return jnp.where(finite, x, 0.0), jnp.sum(~finite)
 
 
-def meta_train(settings: Settings, inner_tasks: Sequence[tasks.Task], split: tasks.Split,
-               mesh: Mesh, learned: lopt.Learned, folder: "Folder") -> tuple[lopt.Learned, int]:
-    """Meta-trains from where the folder's run stands, to its end or until a signal stops it.
+def meta_train(settings: Settings, inner_tasks: Sequence[tasks.Task],
+               splits: Sequence[tasks.Split], mesh: Mesh, learned: lopt.Learned,
+               folder: "Folder") -> tuple[lopt.Learned, int]:
+    """Meta-trains on tasks, each with its split, from where the folder's run stands to its end.
 
-    Returns (the learned optimizer then, the signal or 0).
+    Returns (the learned optimizer then, 0), or (…, the signal) if one stopped it before.
     """
     init, meta_step = make_meta_step(settings, inner_tasks, mesh, learned)
     with Run(settings, learned, folder).under_way() as training:
         state = training.restore_or(init())
         while training.goes_on():
-            state, metrics = meta_step(state, split)
+            state, metrics = meta_step(state, splits)
             training.record(state, metrics)
     return with_theta(learned, jax.device_get(state.theta)), training.stopped
 
@@ -1014,8 +1043,10 @@ def run(argv: Sequence[str] | None) -> int:
     tasks.set_up_precision(settings.matmul_precision)
     mesh = make_mesh(settings.pairs, flags.devices)
 
-    dataset = tasks.load_data(settings, args.download)
-    data = fingerprint(dataset)
+    each, downloads = zip((settings, args.download), *map(further_task, settings.also))
+    datasets = tasks.load_each(each, downloads)
+    distinct = {id(dataset): dataset for dataset in datasets}  # several tasks may share one
+    data = " ".join(map(fingerprint, distinct.values()))
     if checkpoint is None:
         first = None if settings.first_theta is None else lopt.load(settings.first_theta)
         if first is not None:
@@ -1023,13 +1054,14 @@ def run(argv: Sequence[str] | None) -> int:
             settings = dataclasses.replace(settings, **own)
         learned = first_learned(settings, first)
     elif checkpoint.about["data"] != data:
-        raise ValueError(f"cannot resume: the training data of {dataset.name} are not those of the "
-                         f"run in {folder.path}")
+        names = " or ".join(dataset.name for dataset in distinct.values())
+        raise ValueError(f"cannot resume: the training data of {names} are not those of the run in "
+                         f"{folder.path}")
     else:
         learned = resumed_learned(settings, checkpoint)
     learned = learned._replace(made=learned.made | {"data": data})
-    inner_tasks = [tasks.task_of(settings, dataset, width, settings.depth, learned.parametrization)
-                   for width in settings.widths]
+    inner_tasks = [tasks.task_of(one, dataset, width, one.depth, learned.parametrization)
+                   for one, dataset in zip(each, datasets) for width in one.widths]
 
     # Everything else has been checked before the first file is written.
     if folder is None:
@@ -1040,12 +1072,14 @@ def run(argv: Sequence[str] | None) -> int:
         kind = "μLO" if settings.parametrization == "mup" else "SP LO"
         where = f"; going on after meta-step {checkpoint.step}" if checkpoint else \
             f"; beginning with {settings.first_theta}" if settings.first_theta else ""
-        widths, platform = " ".join(map(str, settings.widths)), jax.devices()[0].platform
-        print(f"meta-training a {kind} on {dataset.name}, widths {widths}, {settings.pairs} pairs "
-              f"each, on {mesh.devices.size} {platform} device(s); output in {folder.path}{where}",
-              flush=True)
-    learned, stopped = meta_train(settings, inner_tasks, replicate(dataset.train, mesh), mesh,
-                                  learned, folder)
+        on = " and ".join(f"{dataset.name}, widths {' '.join(map(str, one.widths))}"
+                          for one, dataset in zip(each, datasets))
+        print(f"meta-training a {kind} on {on}, {settings.pairs} pairs each, on "
+              f"{mesh.devices.size} {jax.devices()[0].platform} device(s); output in "
+              f"{folder.path}{where}", flush=True)
+    copies = {name: replicate(dataset.train, mesh) for name, dataset in distinct.items()}
+    splits = [copies[id(dataset)] for one, dataset in zip(each, datasets) for _ in one.widths]
+    learned, stopped = meta_train(settings, inner_tasks, splits, mesh, learned, folder)
     if stopped:
         again = shlex.join(["python", "meta_train.py", "--out", str(folder.path), "--resume"])
         print(f"stopped; go on with: {again}", file=sys.stderr)
@@ -1056,7 +1090,7 @@ def run(argv: Sequence[str] | None) -> int:
     print(f"wrote {theta_path} after {(time.monotonic() - began) / 60:.1f} minutes")
     if flags.report_steps:
         print(f"comparing θ with AdamW on {flags.report_steps} steps of training", flush=True)
-        losses = compare_with_adamw(settings, dataset, learned, flags.report_steps)
+        losses = compare_with_adamw(settings, datasets[0], learned, flags.report_steps)
         print(report(losses, settings, flags.report_steps))
         print(f"Next, more widths: {next_command(settings, theta_path)}", flush=True)
     return 0

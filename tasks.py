@@ -1048,6 +1048,23 @@ def load_data(settings: TaskSettings, download_first: bool = False) -> Dataset:
                         vocab_size=settings.vocab_size, sequence_length=settings.sequence_length)
 
 
+# the settings of a data set
+DATA = ("dataset", "data_dir", "image_size", "vocab_size", "sequence_length")
+
+
+def load_each(settings: Sequence[TaskSettings], downloads: Sequence[bool]) -> list[Dataset]:
+    """The data set of each of several settings, loaded once for all that share it.
+
+    downloads: for each, whether its files are to be fetched first.
+    """
+    loaded: dict[tuple, Dataset] = {}
+    names = [tuple(getattr(each, name) for name in DATA) for each in settings]
+    for name, each in zip(names, settings):
+        if name not in loaded:
+            loaded[name] = load_data(each, (name, True) in zip(names, downloads))
+    return [loaded[name] for name in names]
+
+
 def task_of(settings: TaskSettings, dataset: Dataset, width: int, depth: int,
             parametrization: Parametrization) -> Task:
     """The inner task of the settings at one width and depth, in one parametrization."""

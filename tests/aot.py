@@ -192,8 +192,9 @@ def compiled_meta_step(settings: meta_train.Settings) -> jax.stages.Compiled:
     device = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1").devices[0]
     tasks.set_up_precision(settings.matmul_precision)
     dataset = noise(settings.image_size or 32, 1000)
-    init, meta_step, _ = meta_step_of(settings, dataset, Mesh(np.array([device]), ("pairs",)))
-    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (jax.eval_shape(init), dataset.train))
+    init, meta_step, inner = meta_step_of(settings, dataset, Mesh(np.array([device]), ("pairs",)))
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+                             (jax.eval_shape(init), [dataset.train] * len(inner)))
     return meta_step.lower(*arguments).compile()
 
 

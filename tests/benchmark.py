@@ -93,15 +93,15 @@ def meta_step_time(settings: meta_train.Settings, repeats: int) -> dict[str, flo
     dataset = noise(settings.image_size or 8)
     mesh = meta_train.make_mesh(settings.pairs, None)
     init, meta_step, inner = meta_step_of(settings, dataset, mesh)
-    state, split = init(), meta_train.replicate(dataset.train, mesh)
+    state, splits = init(), [meta_train.replicate(dataset.train, mesh)] * len(inner)
     start = time.perf_counter()
-    program = meta_step.lower(state, split).compile()
+    program = meta_step.lower(state, splits).compile()
     compiling = time.perf_counter() - start
     memory = program.memory_analysis()
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        state, metrics = program(state, split)
+        state, metrics = program(state, splits)
         jax.block_until_ready(metrics)
         times.append(time.perf_counter() - start)
     weights = [weights_of(task) for task in inner]

@@ -103,7 +103,7 @@ def one_line(capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Bad input on the command lines: (flags, what the message must contain); @: the folder of `inputs`
+# Bad input on the command lines: (flags, what the message must contain); @: the folder of `inputs`, ·: a space in a flag
 
 
 def each(flags, *values):
@@ -167,6 +167,12 @@ META = [
     ("--first-theta @/theta.npz", "was meta-trained with --output-mult 2.0, not 16.0; --step-mult 0.01, not 0.003"),
     ("--first-theta @/theta.npz --parametrization sp", "--parametrization mup, not sp"),
     ("--first-theta @/theta.npz --hidden 16", "was meta-trained with --hidden 8, not 16"),
+    *[(f"--also {flags}", culprit) for flags, culprit in [
+        ("--remat", "--also"), ("--task·nope", "--also '--task nope': argument --task"), ("--widths·0", "--widths"),
+        ("--seed·3", "--seed is one for all tasks"), ("--pairs·4", "--pairs"), ("--task·'", "No closing quotation"),
+        ("--task·lm", "needs text"), ("--dataset·text·--data-dir·absent.txt", "absent.txt"),
+        ("--dataset·text·--data-dir·@/text.txt", "needs images"), ("--download·", "'synthetic' cannot be downloaded"),
+        ("--depth·2 --depth·2", "a task is repeated")]],
     ("--resume", "--resume needs --out"), ("--resume --out @/full", "full: is not empty"),
     ("--resume --out @/file", "file"), ("--coordinator localhost:1", "need --distributed"),
     ("--processes 2 --process-id 0", "need --distributed"), ("--distributed", "--distributed needs --out"),
@@ -206,7 +212,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(program, cases, inputs, tm
     monkeypatch.setattr(evaluate, "compiled", None)
     before, failed = contents(inputs), []
     for flags, culprit in cases:
-        words = flags.replace("@", str(inputs)).split(" ")
+        words = [word.replace("·", " ") for word in flags.replace("@", str(inputs)).split(" ")]
         try:
             code = command(*words, program=program)
             error = capsys.readouterr().err
@@ -610,6 +616,21 @@ def test_other_data_are_refused(copy, monkeypatch, capsys):
     assert contents(copy) == before
 
 
+def test_two_kinds_of_tasks(inputs, tmp_path, capsys):
+    """An MLP on images and a language model on a text, which share θ and a folder; other text is refused."""
+    text = tmp_path / "text.txt"
+    text.write_text((inputs / "text.txt").read_text())
+    also = f"--task lm --dataset text --data-dir {text} --widths 4 6 --depth 1 --batch-size 2 --sequence-length 5"
+    assert command(*TINY, "--also", also, "--meta-steps", 1, "--out", tmp_path / "out") == 0
+    assert "on synthetic, widths 4 and text, widths 4 6, 2 pairs each" in capsys.readouterr().out
+    newest = folder(tmp_path / "out").checkpoint
+    assert len({name.split("]")[0] for name in newest.arrays if "pairs" in name}) == 3, list(newest.arrays)
+    assert newest.about["settings"]["also"] == [also]
+    text.write_text(text.read_text().replace("be", "do"))
+    assert command(*RESUME, "--out", tmp_path / "out") == 2
+    assert "the training data of synthetic or text are not those of the run" in one_line(capsys)
+
+
 @pytest.mark.parametrize("damage", [
     lambda rows: rows[:3], lambda rows: rows[:2] + rows[3:], lambda rows: rows[:2] * 9, lambda rows: ["\0" * 50],
     lambda rows: ["1,2"] * 9, lambda rows: None])
@@ -648,7 +669,7 @@ def test_meta_step_without_a_finite_gradient_changes_nothing(seed, bad, monkeypa
     init, meta_step = meta_train.make_meta_step(settings, [inner], mesh, meta_train.first_learned(settings))
     state = init()
     before = jax.device_get(state)
-    state, metrics = jax.device_get(meta_step(state, meta_train.replicate(split, mesh)))
+    state, metrics = jax.device_get(meta_step(state, [meta_train.replicate(split, mesh)]))
     assert int(metrics.nonfinite) == (bad or before.theta.size)
     assert np.isfinite(metrics.grad_norm) and np.isfinite(metrics.update_norm)
     assert int(state.meta_step) == 1

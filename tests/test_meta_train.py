@@ -41,9 +41,9 @@ def meta_train_on(devices, dataset, settings=SETTINGS, steps=20):
     parametrization = mup.Parametrization(settings.parametrization)
     inner = [tasks.task_of(settings, dataset, w, settings.depth, parametrization) for w in settings.widths]
     init, meta_step = meta_train.make_meta_step(settings, inner, mesh, meta_train.first_learned(settings))
-    state, split, rows = init(), meta_train.replicate(dataset.train, mesh), []
+    state, splits, rows = init(), [meta_train.replicate(dataset.train, mesh)] * len(inner), []
     for _ in range(steps):
-        state, metrics = meta_step(state, split)
+        state, metrics = meta_step(state, splits)
         rows.append(jax.device_get(metrics))
     return jax.device_get(state.theta), rows, state
 
@@ -65,22 +65,23 @@ def test_many_devices_equal_one(dataset):
 
 
 def test_several_tasks_are_averaged():
-    """Beside a task that has no loss, the meta-loss and its gradient are halved, for the same pairs.
+    """Beside a task that has no loss, the meta-loss and its gradient are halved, for the same pairs and data.
 
     They are halved once more with half the loss, whose gradients a gradient multiplier of 2 makes up for.
     """
     def quadratic(scale, gradient_multiplier=1.0):
         draw = lambda key: jax.random.normal(key, (3,))
-        return types.SimpleNamespace(init=draw, sample=lambda key, split: draw(key), max_loss=99.0,
+        return types.SimpleNamespace(init=draw, sample=lambda key, split: draw(key) + split, max_loss=99.0,
                                      update_multipliers=1.0, gradient_multiplier=gradient_multiplier,
                                      loss=lambda x, batch: scale * jnp.sum((x - batch) ** 2))
 
-    def first_metrics(inner_tasks):
+    def first_metrics(inner_tasks, splits):
         mesh = Mesh(np.array(jax.devices()[:1]), ("pairs",))
         init, meta_step = meta_train.make_meta_step(SETTINGS, inner_tasks, mesh, meta_train.first_learned(SETTINGS))
-        return jax.device_get(meta_step(init(), ())[1])
+        return jax.device_get(meta_step(init(), splits)[1])
 
-    one, both = side_by_side(first_metrics, [[quadratic(1.0)], [quadratic(0.5, 2.0), quadratic(0.0)]])
+    one, both = side_by_side(first_metrics, [[quadratic(1.0)], [quadratic(0.5, 2.0), quadratic(0.0)]],
+                             [[1.0], [1.0, 9.0]])
     assert one.meta_loss > 1 and one.grad_norm > 0
     np.testing.assert_allclose([both.meta_loss, both.grad_norm], [one.meta_loss / 4, one.grad_norm / 4], rtol=1e-5)
 
@@ -166,7 +167,7 @@ def test_help_has_every_setting(settings, monkeypatch):
     for field in dataclasses.fields(settings):
         assert f"--{field.name.replace('_', '-')}" in flags
         assert field.metadata["help"] and field.metadata["help"] in text
-        if field.default not in (None, False):
+        if field.default not in (None, False, ()):
             default = field.default[0] if isinstance(field.default, tuple) else field.default
             shown = meta_train.PRESETS["laptop"].get(field.name, default)
             assert f"{field.metadata['help']} (default: {shown}" in text
