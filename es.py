@@ -17,7 +17,6 @@ Sources: PES (arXiv 2112.13835); μLO (arXiv 2406.00153) for the meta-loss, leng
 Dimensions: N pairs, 2 signs (θ+ε, θ−ε), K inner steps of a truncation, P numbers of θ.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from lopt import Array, Optimizer, Tree, apply_updates
+from lopt import Array, Optimizer, Tree, apply_updates, prepare_to_print
 
 
 class Settings(NamedTuple):
@@ -354,5 +353,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal without Greek letters
+    prepare_to_print()
     main()

@@ -49,7 +49,7 @@ from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mup
-from mup import Array, Tree
+from mup import Array, Tree, prepare_to_print
 
 MOMENTUM_BETAS = (0.9, 0.99, 0.999)
 RMS_BETAS = (0.999,)
@@ -1557,7 +1557,7 @@ def convert(source: str, target: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
+    prepare_to_print()
     if len(sys.argv) == 4 and sys.argv[1] == "convert":
         try:
             convert(*sys.argv[2:])

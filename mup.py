@@ -22,6 +22,7 @@ Dimensions: B batch, D fan_in of a layer, W fan_out of a layer.
 
 import dataclasses
 import math
+import signal
 import sys
 from typing import Any, NamedTuple
 
@@ -375,6 +376,13 @@ def main() -> None:
     print("What μP is for, no layer moving more in a wider network: python tasks.py")
 
 
+def prepare_to_print() -> None:
+    """For a demonstration: a terminal without Greek letters shows ? for them, and `| head` ends it without complaint."""
+    sys.stdout.reconfigure(errors="replace")
+    if hasattr(signal, "SIGPIPE"):  # Windows has none
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal without Greek letters
+    prepare_to_print()
     main()

@@ -5,6 +5,7 @@ import ast
 import dataclasses
 import io
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -13,6 +14,7 @@ import jax
 import pytest
 from conftest import ROOT
 
+import mup
 import tasks
 from tasks import setting
 
@@ -207,12 +209,18 @@ def test_help_in_another_encoding():
 
 @pytest.mark.parametrize("module", ["mup", "lopt", "es"])
 def test_demonstrations_print_what_can_be_printed(module, monkeypatch):
-    """Those that have no command line of `tasks`: their last lines, around another main."""
+    """Those that have no command line of `tasks`: their last lines, around another main. A closed pipe ends them."""
     *_, last = ast.parse((ROOT / f"{module}.py").read_text()).body
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stdout)
     monkeypatch.setattr(sys, "argv", [f"{module}.py"])
-    exec(compile(ast.Module(last.body, []), module, "exec"), {"sys": sys, "main": lambda: print("θ = 1")})
+    scope = {"sys": sys, "prepare_to_print": mup.prepare_to_print, "main": lambda: print("θ = 1")}
+    before = signal.getsignal(signal.SIGPIPE)
+    try:
+        exec(compile(ast.Module(last.body, []), module, "exec"), scope)
+        assert signal.getsignal(signal.SIGPIPE) == signal.SIG_DFL != before
+    finally:
+        signal.signal(signal.SIGPIPE, before)
     stdout.flush()
     assert stdout.buffer.getvalue().strip() == b"? = 1"
 
