@@ -3,6 +3,7 @@
     python evaluate.py --theta results/mulo_m.npz results/lo_m.npz --baselines adamw muadam \\
         --sweep width --widths 32 128 512 --out runs/width --plot    a table, a CSV and a figure
     python evaluate.py --reproduce --plot    every table and figure of results/, in runs/reproduced
+    python evaluate.py --reproduce width     one of them
     python evaluate.py --reproduce quick     a small part, in minutes and without data to fetch
 
 A *contender* is an optimizer with its parametrization: a θ, which has nothing to tune, or a
@@ -496,9 +497,9 @@ FIGURES = {"width": ("width", "loss", ("depth",), ("optimizer", "tuned")),
 # how figures call the shipped θ, the baselines, and the ways of tuning
 NAMES = {"mulo_m": "μLO_M", "mulo_m_128": "μLO_M, base width 128", "mulo_m_long": "μLO_M, planned",
          "lo_m": "LO_M (SP)", "lo_m_long": "LO_M (SP), planned", "mulo_s_16": "μLO_S",
-         "mulo_s": "μLO_S, multipliers 1", "lo_s": "LO_S (SP)", "velo_mup": "μVeLO",
-         "velo_sp": "VeLO (SP)", "adamw": "AdamW", "adamw_decay": "AdamW, constant",
-         "adamw_cosine": "AdamW, cosine", "muadam": "μAdam",
+         "mulo_s": "μLO_S, multipliers 1", "lo_s": "LO_S (SP)",
+         "velo_mup": "μVeLO", "velo_sp": "VeLO (SP)", "adamw": "AdamW",
+         "adamw_decay": "AdamW, constant", "adamw_cosine": "AdamW, cosine", "muadam": "μAdam",
          "transfer": "tuned at the first, transferred", "per-width": "tuned at each"}
 
 
@@ -663,7 +664,8 @@ PAIR = "--theta {results}/mulo_m.npz {results}/lo_m.npz"
 PLANNED = "--theta {results}/mulo_m_long.npz {results}/lo_m_long.npz"  # horizon and decay, ours
 BASE_WIDTH = "{results}/mulo_m_128.npz"
 BOTH_MULO_M = f"--theta {{results}}/mulo_m.npz {BASE_WIDTH}"
-FIVE = f"{PAIR} {{results}}/mulo_s_16.npz {{results}}/lo_s.npz {BASE_WIDTH}"
+PAIR_S = "--theta {results}/mulo_s_16.npz {results}/lo_s.npz"
+FIVE = f"{PAIR} {PAIR_S} {BASE_WIDTH}"
 SIX = f"{FIVE} {{results}}/mulo_s.npz"
 ONE_WIDTH = "--theta {results}/mulo_s.npz {results}/mulo_s_16.npz {results}/lo_s.npz"
 CIFAR = "--dataset cifar10 --data-dir {data} --image-size 8"
@@ -682,13 +684,18 @@ EXPERIMENTS = {
     "width-2048-short": "--sweep width --theta {results}/mulo_s.npz {results}/lo_s.npz --baselines "
                         f"adamw {CIFAR} --tune both --tune-seeds 1 --steps 300 --seeds 2 "
                         "--widths 32 2048",
-    "depth": f"--sweep depth {FIVE} {BOTH} {CIFAR} --seeds 3 --widths 32 128",
-    "horizon": f"--sweep horizon {FIVE} {BOTH} {CIFAR} --seeds 3 --widths 128",
+    "depth": f"--sweep depth {PAIR} {BASE_WIDTH} {BOTH} {CIFAR} --seeds 3 --widths 32 128",
+    "depth-others": f"--sweep depth {PAIR_S} {CIFAR} --seeds 3 --widths 32 128",
+    "horizon": f"--sweep horizon {PAIR} {PAIR_S} --baselines adamw {CIFAR} --seeds 3 "
+               "--widths 128",
+    "horizon-others": f"--sweep horizon --theta {BASE_WIDTH} --baselines muadam {CIFAR} --seeds 3 "
+                      "--widths 128",
     "horizon-planned": f"--sweep horizon {PLANNED} --baselines adamw_decay adamw_cosine {CIFAR} "
-                       "--tune per-width --tune-seeds 2 --seeds 4 --widths 128 "
+                       "--tune per-width --tune-seeds 2 --seeds 5 --widths 128 "
                        "--lengths 1000 3000 10000 25000",
-    "horizon-512": f"--sweep horizon {PLANNED} {CIFAR} --seeds 2 --widths 512 "
-                   "--lengths 3000 10000",
+    "horizon-512": f"--sweep horizon {PLANNED} --baselines adamw_decay adamw_cosine {CIFAR} "
+                   "--tune per-width --tune-seeds 2 --seeds 2 --widths 512 "
+                   "--lengths 3000 10000 25000",
     "pre-activations": f"--sweep coordinate-check {PAIR} {BASE_WIDTH} {CIFAR} --steps 500 "
                        "--seeds 2 --widths 32 128 512",
     "coordinate-check": f"--sweep coordinate-check {ONE_WIDTH} {{results}}/mulo_m.npz {BASE_WIDTH} "
@@ -732,8 +739,9 @@ def make_parser() -> tasks.CommandLine:
                                formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks.add_flags(parser, Settings, {"widths": "32 128 512; depth and horizon 32"})
     tasks.add_flags(parser, Output)
-    parser.add_argument("--reproduce", nargs="?", const="all", choices=("all", "quick"),
-                        help="the experiments of results/, except what --out already holds")
+    parser.add_argument("--reproduce", nargs="?", const="all",
+                        choices=("all", "quick", *EXPERIMENTS), help="the experiments of results/, or "
+                        "one of them, except what --out already holds")
     return parser
 
 
@@ -794,7 +802,9 @@ def reproductions(args: argparse.Namespace) -> list[Plan]:
             raise ValueError(f"{tasks.flag(name)} does not go with --reproduce, which decides it")
     results = pathlib.Path(__file__).resolve().parent / "results"
     places, plans = {"results": results, "data": args.data_dir or "data"}, []
-    for name, flags in (QUICK if args.reproduce == "quick" else EXPERIMENTS).items():
+    choices = {"all": EXPERIMENTS, "quick": QUICK}
+    choices |= {name: {name: flags} for name, flags in EXPERIMENTS.items()}
+    for name, flags in choices[args.reproduce].items():
         argv = [flag.format(**places) for flag in flags.split()] + ["--plot"] * bool(args.plot)
         argv += ["--download"] * bool(args.download and "cifar10" in argv)
         plan = prepare([*argv, "--out", args.out or "runs/reproduced", "--name", name])

@@ -5,6 +5,7 @@
     python meta_train.py --preset paper-m --data-dir D  the paper's μLO_M, on ImageNet 32×32 in D/
     python meta_train.py --out runs/a --resume          goes on where runs/a was interrupted
     python meta_train.py --first-theta runs/a/theta.npz     begins a new run with the θ of another
+    python meta_train.py --also "--task lm --dataset text --data-dir F"     on a text in F, as well
 
 One meta-step perturbs θ for N antithetic pairs of inner runs on every task, moves all of them K
 inner steps on, estimates the meta-gradient from their losses by Persistent Evolution Strategies
@@ -248,7 +249,9 @@ def adam_start(theta: dict[str, Array]) -> dict[str, Array]:
 def velo_adam_start(theta: dict[str, Array]) -> dict[str, Array]:
     """Ours: the same for VeLO. All MLPs of the bank have that path, and are mixed almost equally."""
     bank = {name: x for name, x in theta.items() if name.startswith("ff_mod_stack")}
-    w0, w1, w2 = (f"ff_mod_stack/~/w{name}" for name in ("0__5", "1", "2"))  # block 5 has the m's
+    blocks = [f.name for f in lopt.element_inputs(lopt.of_one_weight())]
+    w0 = f"ff_mod_stack/~/w0__{blocks.index('m rsqrt(v+1e-6)')}"
+    w1, w2 = "ff_mod_stack/~/w1", "ff_mod_stack/~/w2"
     bank |= {name: x.at[:, :, :2].set(0.0) for name, x in bank.items() if "/w0__" in name}
     bank[w0] = bank[w0].at[:, 0, :2].set(jnp.array([0.1, -0.1]))
     bank[w1] = bank[w1].at[:, :, :2].set(0.0).at[:, :2].set(0.0).at[:, :2, :2].set(0.1 * jnp.eye(2))

@@ -377,7 +377,7 @@ def main() -> None:
 
 
 def prepare_to_print() -> None:
-    """For a demonstration: a terminal without Greek letters shows ? for them, and `| head` ends it without complaint."""
+    """For a demonstration: a terminal without Greek letters shows ? for them, and `| head` ends it quietly."""
     sys.stdout.reconfigure(errors="replace")
     if hasattr(signal, "SIGPIPE"):  # Windows has none
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -356,7 +356,7 @@ def test_shipped_tables_are_those_of_their_commands(name):
     if "seeds" in rows[0]:  # not in a coordinate check
         assert column("seeds") == {str(settings.seeds)}
         assert column("steps") == set(map(str, settings.lengths))
-    if name in ("width", "horizon-planned"):  # their figures stand for the whole: few lines
+    if name in ("width", "depth", "horizon", "horizon-planned"):  # shown as figures: few lines
         assert len({(row["optimizer"], row["tuned"]) for row in rows}) <= 5
 
 
@@ -367,6 +367,10 @@ def test_reproduce_goes_on_after_what_is_done(tmp_path, monkeypatch, capsys):
     assert command("--reproduce", "quick", "--out", tmp_path) == 0
     assert f"{tmp_path}/one.csv is already there" in capsys.readouterr().out
     assert (tmp_path / "one.csv").read_text() == "done" and len(read(tmp_path / "two.csv")) == 1
+
+    monkeypatch.setattr(evaluate, "EXPERIMENTS", {"width": flags, "depth": flags})
+    assert command("--reproduce", "depth", "--out", tmp_path) == 0
+    assert (tmp_path / "depth.csv").exists() and not (tmp_path / "width.csv").exists()
 
     monkeypatch.setattr(evaluate, "QUICK", {"three": flags, "four": f"{flags} --theta {{results}}/absent.npz"})
     assert command("--reproduce", "quick", "--out", tmp_path) == 2

@@ -616,19 +616,17 @@ def test_other_data_are_refused(copy, monkeypatch, capsys):
     assert contents(copy) == before
 
 
-def test_two_kinds_of_tasks(inputs, tmp_path, capsys):
-    """An MLP on images and a language model on a text, which share θ and a folder; other text is refused."""
-    text = tmp_path / "text.txt"
-    text.write_text((inputs / "text.txt").read_text())
-    also = f"--task lm --dataset text --data-dir {text} --widths 4 6 --depth 1 --batch-size 2 --sequence-length 5"
-    assert command(*TINY, "--also", also, "--meta-steps", 1, "--out", tmp_path / "out") == 0
+def test_further_tasks_have_their_own_data(inputs, tmp_path, monkeypatch, capsys):
+    """An MLP on images, then language models of two widths on a text; one checksum for each data set."""
+    begun = []
+    monkeypatch.setattr(meta_train, "meta_train", lambda *args: begun.append(args) or (None, 1))
+    also = f"--task lm --dataset text --data-dir {inputs}/text.txt --widths 4 6 --depth 1 --sequence-length 5"
+    assert command(*TINY, "--also", also, "--out", tmp_path / "out") == 128 + 1
     assert "on synthetic, widths 4 and text, widths 4 6, 2 pairs each" in capsys.readouterr().out
-    newest = folder(tmp_path / "out").checkpoint
-    assert len({name.split("]")[0] for name in newest.arrays if "pairs" in name}) == 3, list(newest.arrays)
-    assert newest.about["settings"]["also"] == [also]
-    text.write_text(text.read_text().replace("be", "do"))
-    assert command(*RESUME, "--out", tmp_path / "out") == 2
-    assert "the training data of synthetic or text are not those of the run" in one_line(capsys)
+    (settings, inner_tasks, splits, _, learned, _), = begun
+    batches = [jax.eval_shape(task.sample, jax.random.key(0), split) for task, split in zip(inner_tasks, splits)]
+    assert [labels.shape for _, labels in batches] == [(4,), (64, 5), (64, 5)]
+    assert splits[1] is splits[2] and settings.also == (also,) and len(learned.made["data"].split()) == 2
 
 
 @pytest.mark.parametrize("damage", [

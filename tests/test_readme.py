@@ -9,9 +9,13 @@ import pytest
 from conftest import ROOT
 
 import evaluate
+import lopt
 import meta_train
+import tasks
 
 README = (ROOT / "README.md").read_text()
+HOW = (ROOT / "results" / "README.md").read_text().split("## How each file was made")[1]
+THETA = dict(re.findall(r"^\| `(\w+)\.npz` \| (.*?) \|", HOW, re.M))  # {name: its flags, in words}
 MODULES = ("mup", "lopt", "tasks", "es", "meta_train", "evaluate")
 
 
@@ -52,3 +56,28 @@ def test_commands_parse(line):
             meta_train.make_parser().parse_args(words[2:])
         elif "evaluate.py" in words:
             evaluate.make_parser().parse_args(words[2:])
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "results").glob("*.npz")))
+def test_shipped_theta_have_the_flags_that_made_them(name):
+    """What results/README.md says of a θ are the settings in its file, and so for the θ that it began with."""
+    short = {word: " ".join(flags.split()) for word, flags in re.findall(r"\b([A-Z]+) (?:stands )?for\s+`([^`]*)`", HOW)}
+    stages = []
+    for flags in re.findall("`(.*?)`", THETA[name]):
+        words = shlex.split(" ".join(short.get(word, word) for word in flags.split()))
+        stages.append(stages.pop() + words if "--resume" in words else words)
+    made = lopt.load(ROOT / "results" / f"{name}.npz").made
+    for words in reversed(stages):
+        given = tasks.given_flags(meta_train.make_parser().parse_args(words), meta_train.Settings)
+        preset = meta_train.preset_settings("laptop", given.get("parametrization", "mup"),
+                                            given.get("optimizer", "small_fc_lopt"))
+        settings, recorded = meta_train.Settings(**preset | given), made["settings"]
+        settings = meta_train.dataclasses.replace(settings, step_mult=meta_train.without_theta(settings).step_mult)
+        if recorded["step_mult"] is None:
+            recorded["step_mult"] = meta_train.STEP_MULT[settings.parametrization]
+        apart = {"data_dir", "first_theta"} | ({"start"} if settings.first_theta else set())
+        for field in meta_train.dataclasses.fields(settings):
+            was = recorded.get(field.name, field.default)
+            was = tuple(was) if isinstance(was, list) else was
+            assert field.name in apart or was == getattr(settings, field.name), field.name
+        made = made.get("origin")
