@@ -498,6 +498,7 @@ FIGURES = {"width": ("width", "loss", ("depth",), ("optimizer", "tuned")),
 NAMES = {"mulo_m": "μLO_M", "mulo_m_128": "μLO_M, base width 128", "mulo_m_long": "μLO_M, planned",
          "lo_m": "LO_M (SP)", "lo_m_long": "LO_M (SP), planned", "mulo_s_16": "μLO_S",
          "mulo_s": "μLO_S, multipliers 1", "lo_s": "LO_S (SP)",
+         "mulo_s_1024": "μLO_S, batches of 1,024", "lo_s_1024": "LO_S (SP), batches of 1,024",
          "velo_mup": "μVeLO", "velo_sp": "VeLO (SP)", "adamw": "AdamW",
          "adamw_decay": "AdamW, constant", "adamw_cosine": "AdamW, cosine", "muadam": "μAdam",
          "transfer": "tuned at the first, transferred", "per-width": "tuned at each"}
@@ -665,6 +666,7 @@ PLANNED = "--theta {results}/mulo_m_long.npz {results}/lo_m_long.npz"  # horizon
 BASE_WIDTH = "{results}/mulo_m_128.npz"
 BOTH_MULO_M = f"--theta {{results}}/mulo_m.npz {BASE_WIDTH}"
 PAIR_S = "--theta {results}/mulo_s_16.npz {results}/lo_s.npz"
+PAIR_1024 = "--theta {results}/mulo_s_1024.npz {results}/lo_s_1024.npz"  # their batch size
 FIVE = f"{PAIR} {PAIR_S} {BASE_WIDTH}"
 SIX = f"{FIVE} {{results}}/mulo_s.npz"
 ONE_WIDTH = "--theta {results}/mulo_s.npz {results}/mulo_s_16.npz {results}/lo_s.npz"
@@ -690,6 +692,8 @@ EXPERIMENTS = {
                "--widths 128",
     "horizon-others": f"--sweep horizon --theta {BASE_WIDTH} --baselines muadam {CIFAR} --seeds 3 "
                       "--widths 128",
+    "horizon-1024": f"--sweep horizon {PAIR_1024} --baselines adamw {CIFAR} --batch-size 1024 "
+                    "--tune-seeds 1 --seeds 2 --widths 32 128",
     "horizon-planned": f"--sweep horizon {PLANNED} --baselines adamw_decay adamw_cosine {CIFAR} "
                        "--tune per-width --tune-seeds 2 --seeds 5 --widths 128 "
                        "--lengths 1000 3000 10000 25000",
