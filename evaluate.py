@@ -694,7 +694,8 @@ EXPERIMENTS = {
                       "--widths 128",
     "horizon-1024": f"--sweep horizon {PAIR_1024} --baselines adamw {CIFAR} --batch-size 1024 "
                     "--tune-seeds 1 --seeds 2 --widths 32 128",
-    "horizon-1024-on-64": f"--sweep horizon {PAIR_1024} {CIFAR} --seeds 5 --widths 128",
+    "horizon-1024-on-64": f"--sweep horizon {PAIR_1024} {{results}}/mulo_s.npz {CIFAR} --seeds 5 "
+                          "--widths 128",
     "horizon-planned": f"--sweep horizon {PLANNED} --baselines adamw_decay adamw_cosine {CIFAR} "
                        "--tune per-width --tune-seeds 2 --seeds 5 --widths 128 "
                        "--lengths 1000 3000 10000 25000",
