@@ -243,7 +243,7 @@ class Settings(tasks.TaskSettings):
                                 "coordinate-check 500)", metavar="T", **COUNT)
     lengths: tuple[int, ...] | None = setting(None, "in steps, for the horizon sweep (1000 5000 "
                                               "25000 if not given)", metavar="T", **COUNT)
-    seeds: int = setting(3, "inner runs, side by side", metavar="S", **COUNT)
+    seeds: int = setting(3, "inner runs of each optimizer", metavar="S", **COUNT)
     tune: str = setting("transfer", "baselines at the first width, depth and length, for all, or "
                         "at each, or both ways", choices=("transfer", "per-width", "both", "none"))
     tune_steps: int | None = setting(None, "inner steps of tuning (those of the run if not given)",
@@ -669,7 +669,7 @@ PAIR_S = "--theta {results}/mulo_s_16.npz {results}/lo_s.npz"
 PAIR_1024 = "--theta {results}/mulo_s_1024.npz {results}/lo_s_1024.npz"  # their batch size
 FIVE = f"{PAIR} {PAIR_S} {BASE_WIDTH}"
 SIX = f"{FIVE} {{results}}/mulo_s.npz"
-ONE_WIDTH = "--theta {results}/mulo_s.npz {results}/mulo_s_16.npz {results}/lo_s.npz"
+ONE_WIDTH = f"--theta {{results}}/mulo_s.npz {PAIR_S}"
 CIFAR = "--dataset cifar10 --data-dir {data} --image-size 8"
 TEXT = "--dataset text --data-dir {data}/tinyshakespeare.txt"
 BOTH = "--baselines adamw muadam"
@@ -808,9 +808,10 @@ def reproductions(args: argparse.Namespace) -> list[Plan]:
             raise ValueError(f"{tasks.flag(name)} does not go with --reproduce, which decides it")
     results = pathlib.Path(__file__).resolve().parent / "results"
     places, plans = {"results": results, "data": args.data_dir or "data"}, []
-    choices = {"all": EXPERIMENTS, "quick": QUICK}
-    choices |= {name: {name: flags} for name, flags in EXPERIMENTS.items()}
-    for name, flags in choices[args.reproduce].items():
+    experiments = QUICK if args.reproduce == "quick" else EXPERIMENTS
+    if args.reproduce in EXPERIMENTS:
+        experiments = {args.reproduce: EXPERIMENTS[args.reproduce]}
+    for name, flags in experiments.items():
         argv = [flag.format(**places) for flag in flags.split()] + ["--plot"] * bool(args.plot)
         argv += ["--download"] * bool(args.download and "cifar10" in argv)
         plan = prepare([*argv, "--out", args.out or "runs/reproduced", "--name", name])

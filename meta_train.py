@@ -143,12 +143,15 @@ VELO_STEP_MULT = 0.001  # in both: VeLO's update is relative to the size of the 
 MULTIPLIERS = ("input_mult", "output_mult", "hidden_lr_mult")
 
 
-def preset_settings(preset: str, parametrization: str,
-                    optimizer: str = "small_fc_lopt") -> dict[str, Any]:
-    """The settings of a preset, without those that belong to μP or to the small MLP elsewhere."""
-    others = {"step_mult", "base_width", *MULTIPLIERS} if parametrization == "sp" else set()
-    others |= {"step_mult"} if optimizer == "velo" else set()
-    return {name: value for name, value in PRESETS[preset].items() if name not in others}
+def preset_settings(preset: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a preset and, before those, the given ones.
+
+    In SP the preset's that belong to μP are left out, and for VeLO those of the small MLP.
+    """
+    is_sp, is_velo = given.get("parametrization") == "sp", given.get("optimizer") == "velo"
+    others = {"step_mult", "base_width", *MULTIPLIERS} if is_sp else set()
+    others |= {"step_mult"} if is_velo else set()
+    return {name: value for name, value in PRESETS[preset].items() if name not in others} | given
 
 
 def check(settings: Settings) -> None:
@@ -1025,11 +1028,10 @@ def run(argv: Sequence[str] | None) -> int:
     args = make_parser().parse_args(argv)
     flags, given = RunFlags(**tasks.given_flags(args, RunFlags)), tasks.given_flags(args, Settings)
     preset = args.preset or "laptop"
-    basis = preset_settings(preset, given.get("parametrization", "mup"),
-                            given.get("optimizer", "small_fc_lopt"))
+    wanted = preset_settings(preset, given)
     if args.preset:
-        given = basis | given
-    settings = Settings(**basis | given)
+        given = wanted
+    settings = Settings(**wanted)
     check(settings)
     check_flags(flags)
     if flags.distributed:
@@ -1063,8 +1065,9 @@ def run(argv: Sequence[str] | None) -> int:
     else:
         learned = resumed_learned(settings, checkpoint)
     learned = learned._replace(made=learned.made | {"data": data})
+    sized = [(one, dataset, width) for one, dataset in zip(each, datasets) for width in one.widths]
     inner_tasks = [tasks.task_of(one, dataset, width, one.depth, learned.parametrization)
-                   for one, dataset in zip(each, datasets) for width in one.widths]
+                   for one, dataset, width in sized]
 
     # Everything else has been checked before the first file is written.
     if folder is None:
@@ -1081,7 +1084,7 @@ def run(argv: Sequence[str] | None) -> int:
               f"{mesh.devices.size} {jax.devices()[0].platform} device(s); output in "
               f"{folder.path}{where}", flush=True)
     copies = {name: replicate(dataset.train, mesh) for name, dataset in distinct.items()}
-    splits = [copies[id(dataset)] for one, dataset in zip(each, datasets) for _ in one.widths]
+    splits = [copies[id(dataset)] for _, dataset, _ in sized]
     learned, stopped = meta_train(settings, inner_tasks, splits, mesh, learned, folder)
     if stopped:
         again = shlex.join(["python", "meta_train.py", "--out", str(folder.path), "--resume"])

@@ -376,9 +376,16 @@ def main() -> None:
     print("What μP is for, no layer moving more in a wider network: python tasks.py")
 
 
+def replace_unprintable() -> None:
+    """Lets stdout and stderr print "?" for what they cannot encode, such as θ in ASCII."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's have no such method, and no need of it
+            stream.reconfigure(errors="replace")
+
+
 def prepare_to_print() -> None:
     """For a demonstration: a terminal without Greek letters shows ? for them, and `| head` ends it quietly."""
-    sys.stdout.reconfigure(errors="replace")
+    replace_unprintable()
     if hasattr(signal, "SIGPIPE"):  # Windows has none
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 

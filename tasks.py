@@ -1182,7 +1182,7 @@ def run_command(run: Callable[[Sequence[str] | None], int], name: str,
 
     Where nobody reads stdout any more, as after `| head -1`, it ends quietly.
     """
-    replace_unprintable()
+    mup.replace_unprintable()
     try:
         return explain_errors(run, name, argv)
     except BrokenPipeError:
@@ -1192,13 +1192,6 @@ def run_command(run: Callable[[Sequence[str] | None], int], name: str,
             except BrokenPipeError:  # nor may Python complain when it flushes at the end
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 128 + 13  # as a shell reports SIGPIPE
-
-
-def replace_unprintable() -> None:
-    """Lets stdout and stderr print "?" for what they cannot encode, such as θ in ASCII."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's have no such method, and no need of it
-            stream.reconfigure(errors="replace")
 
 
 def explain_errors(run: Callable[[Sequence[str] | None], int], name: str,

@@ -91,8 +91,7 @@ def test_several_tasks_are_averaged():
     ("paper-s", "mup", (1.0, 1.0, 1.0, 0.01)), ("paper-m", "sp", (1.0, 1.0, 1.0, 0.001))])
 def test_multipliers_of_the_presets(preset, parametrization, expected):
     """The paper's multipliers are 1 and its step_mult 0.01; SP knows neither, and has its own step_mult."""
-    settings = meta_train.Settings(**meta_train.preset_settings(preset, parametrization) |
-                                   {"parametrization": parametrization})
+    settings = meta_train.Settings(**meta_train.preset_settings(preset, {"parametrization": parametrization}))
     meta_train.check(settings)
     learned = meta_train.first_learned(settings)
     name, *multipliers, base_width = learned.parametrization

@@ -1,5 +1,6 @@
 """The README: its code runs, the functions that its table names exist, and its commands parse."""
 
+import dataclasses
 import importlib
 import re
 import shlex
@@ -69,14 +70,12 @@ def test_shipped_theta_have_the_flags_that_made_them(name):
     made = lopt.load(ROOT / "results" / f"{name}.npz").made
     for words in reversed(stages):
         given = tasks.given_flags(meta_train.make_parser().parse_args(words), meta_train.Settings)
-        preset = meta_train.preset_settings("laptop", given.get("parametrization", "mup"),
-                                            given.get("optimizer", "small_fc_lopt"))
-        settings, recorded = meta_train.Settings(**preset | given), made["settings"]
-        settings = meta_train.dataclasses.replace(settings, step_mult=meta_train.without_theta(settings).step_mult)
+        settings, recorded = meta_train.Settings(**meta_train.preset_settings("laptop", given)), made["settings"]
+        settings = dataclasses.replace(settings, step_mult=meta_train.without_theta(settings).step_mult)
         if recorded["step_mult"] is None:
             recorded["step_mult"] = meta_train.STEP_MULT[settings.parametrization]
         apart = {"data_dir", "first_theta"} | ({"start"} if settings.first_theta else set())
-        for field in meta_train.dataclasses.fields(settings):
+        for field in dataclasses.fields(settings):
             was = recorded.get(field.name, field.default)
             was = tuple(was) if isinstance(was, list) else was
             assert field.name in apart or was == getattr(settings, field.name), field.name
