@@ -29,6 +29,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -45,7 +46,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mup
@@ -73,8 +73,8 @@ class Learned(NamedTuple):
     one that θ was meta-trained in, hence needs. architecture: the rule that θ belongs to, small_fc_lopt or velo. made:
     how θ was meta-trained (JSON).
 
-    Ours, and 0 in the paper: decay, the share of the params that each update also takes away, whatever the width (with
-    a horizon, times `pace_of`); and horizon, with which small_fc_lopt trains as if every run had that many steps.
+    Ours, and 0 in the paper: decay, the share of the params that each update also takes away, whatever the width; and
+    horizon, with which small_fc_lopt trains as if every run had that many steps (`pace_of`).
     """
     theta: dict[str, Array]
     step_mult: float
@@ -306,9 +306,9 @@ def plain_update(features_of: Callable[[Statistics], list[Feature]], learned: Le
 def pace_of(learned: Learned, num_steps: int | Array | None) -> float | Array:
     """Ours: horizon / num_steps, or 1 for a θ without a horizon, and where no number of steps is planned.
 
-    With num_steps = 25 · horizon the pace is 1/25: the time that the features see, and the decay, advance 1/25 as fast.
-    Updates are multiplied by √pace = 1/5: T random steps add up to √T of one, so that a random walk ends as far away
-    whatever its length.
+    With num_steps = 25 · horizon the pace is 1/25: the time that the features see advances 1/25 as fast. Updates, the
+    decay included, are multiplied by √pace = 1/5: T random steps add up to √T of one, so that a random walk ends as far
+    away whatever its length.
     """
     if not learned.horizon or num_steps is None:
         return 1.0
@@ -356,7 +356,7 @@ def learned_optimizer(learned: Learned, update_multipliers: Tree = 1.0, gradient
             # `plain_update` of the same arguments is the same, only slower.
             update = fast_update(features, learned, statistics(averages, g, p, pace * state.step))
             update = multiplier * update  # μP acts here: a hidden weight moves 1/fan_in as far
-            return -pace**0.5 * update - pace * learned.decay * p, averages
+            return -pace**0.5 * (update + learned.decay * p), averages
 
         leaves, treedef = jax.tree.flatten(params)
         moved = [of_tensor(*x) for x in zip(treedef.flatten_up_to(grads), leaves, state.averages,
@@ -700,6 +700,11 @@ def is_on_mesh(x: Array) -> bool:
     return not mesh.empty and AxisType.Manual not in mesh.axis_types
 
 
+def laid_out_as(like: Array, x: Array) -> Array:
+    """An array laid out over a mesh as one of the same shape: XLA lays out a choice between the two, then drops it."""
+    return jnp.where(True, x, like)
+
+
 def zeros_like(p: Array, *lead: int, without: int | None = None) -> Array:
     """Zeros [*lead, S] in the type of a tensor's state, sharded as the tensor [S] is. without: an axis of length 1."""
     zeros = jnp.zeros((*lead, *(1 if i == without else n for i, n in enumerate(jnp.shape(p), -jnp.ndim(p)))),
@@ -708,7 +713,7 @@ def zeros_like(p: Array, *lead: int, without: int | None = None) -> Array:
         return zeros
     like = jnp.asarray(p, zeros.dtype) if without is None else jnp.sum(p, without, zeros.dtype, keepdims=True)
     like = jnp.broadcast_to(like, zeros.shape)
-    return shard_alike(like, jnp.zeros_like(like))[1]
+    return laid_out_as(like, jnp.zeros_like(like))
 
 
 def init_averages(p: Array) -> Averages:
@@ -729,7 +734,7 @@ def sharded(update: Callable) -> Callable:
             return update(grads, state, params, value=value)
         if AxisType.Explicit not in jax.typeof(there[0]).sharding.mesh.axis_types:
             moved = update(grads, state, params, value=value)
-            return jax.tree.map(lambda x, y: shard_alike(x, y)[1] if is_on_mesh(x) else y, (params, state), moved)
+            return jax.tree.map(lambda x, y: laid_out_as(x, y) if is_on_mesh(x) else y, (params, state), moved)
 
         def layout(x: Array) -> NamedSharding:
             if is_on_mesh(x):
@@ -791,8 +796,10 @@ def check_shapes(shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[i
 
 
 def fast_update(features_of: Callable[[Statistics], list[Feature]], learned: Learned, tensor: Statistics) -> Array:
-    """`plain_update`, by the fastest way that there is where JAX computes."""
-    fits = jax.default_backend() == "gpu" and tensor.g.dtype == jnp.float32 and is_made_by_decays(features_of)
+    """`plain_update`, by the fastest way that there is where JAX computes: on a GPU in one kernel, if Triton is there,
+    which JAX means to drop, and the tensor has more than one weight, for which even the time would be of every weight."""
+    fits = (jax.default_backend() == "gpu" and importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+            and tensor.g.size > 1 and tensor.g.dtype == jnp.float32 and is_made_by_decays(features_of))
     return (in_one_kernel if fits else in_chunks)(features_of, learned, tensor)
 
 

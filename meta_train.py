@@ -113,8 +113,8 @@ class Settings(tasks.TaskSettings):
     decay: float = of_lopt(0.0, "share of the weights that each update also takes away, at any "
                            "width; the paper has none", low=0, below=1, metavar="λ")
     horizon: int = of_lopt(0, "where not 0, the small MLP trains as if each run had this many "
-                           "steps: in a run of L, time and decay are multiplied by T/L, updates by "
-                           "√(T/L)", low=0, below=2**30, metavar="T")
+                           "steps: in a run of L, time is multiplied by T/L, updates, decay included, "
+                           "by √(T/L)", low=0, below=2**30, metavar="T")
     start: str = of_lopt("random", "the θ that meta-training begins with, without --first-theta: "
                          "random as in the paper, or adam, which is Adam beside a small random "
                          "rest (ours)", choices=("random", "adam"))
@@ -436,7 +436,7 @@ class Checkpoint(NamedTuple):
 
 
 class Folder:
-    """The folder OUT of one run, held by a lock while this process uses it.
+    """The folder OUT of one run, held by a lock until meta-training ends there.
 
     flags: how the run is carried out. checkpoint: where it goes on, None where it begins. Raises
     ValueError when another process uses the folder, when it cannot be written, when it holds a run
@@ -648,6 +648,7 @@ class Run:
             give_up(tasks.first_line(error))
         finally:
             self.finished_at = None
+            self.folder.lock.close()
             with contextlib.suppress(OSError):  # it may still hold what could not be written
                 self.metrics_file.close()
             if self.progress:

@@ -55,13 +55,14 @@ def relative(a, b):
 
 
 def test_many_devices_equal_one(dataset):
-    """The meta-gradient and 20 meta-steps of θ, on 8 devices and on 1. 1e-5: only sums are in another order."""
+    """The meta-gradient and 20 meta-steps of θ, on 8 devices and on 1. XLA may round otherwise for a device with one
+    pair than for one with eight (jax 0.12 does, 0.10 not), and PES divides differences of losses, 1e-7 there, by σ²."""
     (one, rows_one, _), (eight, rows_eight, state) = side_by_side(lambda n: meta_train_on(n, dataset), (1, 8))
     assert len(state.pairs[0].run_step.sharding.device_set) == 8
-    assert relative(eight, one) < 1e-5
+    assert relative(eight, one) < 2e-4
     for a, b in zip(rows_eight, rows_one):
-        assert abs(a.grad_norm - b.grad_norm) < 1e-5 * b.grad_norm
-        assert abs(a.meta_loss - b.meta_loss) < 1e-5 * b.meta_loss
+        assert abs(a.grad_norm - b.grad_norm) < 2e-3 * b.grad_norm
+        assert abs(a.meta_loss - b.meta_loss) < 1e-6 * b.meta_loss
 
 
 def test_several_tasks_are_averaged():
