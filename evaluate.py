@@ -122,13 +122,19 @@ BASELINES = {contender.name: contender for contender in (
                        "input_mult": 2.0}))}
 
 
-def load_contenders(paths: Sequence[str], baselines: Sequence[str]) -> list[Contender]:
-    """The θ of these files, named by file (by the path, where names repeat), then the baselines."""
+def load_contenders(paths: Sequence[str], baselines: Sequence[str],
+                    decay: float | None = None) -> list[Contender]:
+    """The θ of these files, named by file (by the path, where names repeat), then the baselines.
+
+    decay: of all θ, in place of their own.
+    """
     stems, contenders = [pathlib.Path(path).stem for path in paths], []
     for path, stem in zip(paths, stems):
         learned = lopt.load(path)
         if "published" in learned.made:
             print(f"{path}: {learned.made['published']}", file=sys.stderr)
+        if decay is not None:
+            learned = learned._replace(decay=decay)
         name = stem if stems.count(stem) == 1 else path.removesuffix(".npz")
         contenders.append(Contender(name, learned.parametrization, learned))
     return contenders + [BASELINES[name] for name in baselines]
@@ -235,6 +241,8 @@ class Settings(tasks.TaskSettings):
     baselines: tuple[str, ...] = setting((), "adamw: AdamW in SP, without weight decay; "
                                          "adamw_decay: with it; adamw_cosine: also with a cosine "
                                          "to 0; muadam: Adam in μP", choices=tuple(BASELINES))
+    decay: float | None = setting(None, "share of the weights that each update of a θ takes away, "
+                                  "in place of the θ's own", low=0, below=1, metavar="λ")
     sweep: str = setting("width", "what varies; horizon: the length of the runs",
                          choices=tuple(SWEEPS))
     depths: tuple[int, ...] | None = setting(None, "for the depth sweep (3 6 12 16 if not given)",
@@ -662,36 +670,33 @@ class Journal:
 
 # name of the outputs: the flags that make them; {results} holds the shipped θ, {data} the data sets
 PAIR = "--theta {results}/mulo_m.npz {results}/lo_m.npz"
-PLANNED = "--theta {results}/mulo_m_long.npz {results}/lo_m_long.npz"  # horizon and decay, ours
-BASE_WIDTH = "{results}/mulo_m_128.npz"
+BASE_WIDTH = "{results}/mulo_m_128.npz"  # ours
+THREE = f"{PAIR} {BASE_WIDTH}"
 BOTH_MULO_M = f"--theta {{results}}/mulo_m.npz {BASE_WIDTH}"
-PAIR_S = "--theta {results}/mulo_s_16.npz {results}/lo_s.npz"
-PAIR_1024 = "--theta {results}/mulo_s_1024.npz {results}/lo_s_1024.npz"  # their batch size
-FIVE = f"{PAIR} {PAIR_S} {BASE_WIDTH}"
-SIX = f"{FIVE} {{results}}/mulo_s.npz"
+PLANNED = "--theta {results}/mulo_m_long.npz {results}/lo_m_long.npz"  # horizon and decay, ours
+PAIR_S = "{results}/mulo_s_16.npz {results}/lo_s.npz"
 ONE_WIDTH = f"--theta {{results}}/mulo_s.npz {PAIR_S}"
+SIX = f"{THREE} {PAIR_S} {{results}}/mulo_s.npz"
+PAIR_1024 = "--theta {results}/mulo_s_1024.npz {results}/lo_s_1024.npz"  # their batch size
+VELO = "--theta {results}/velo_mup.npz {results}/velo_sp.npz"  # on the synthetic data
 CIFAR = "--dataset cifar10 --data-dir {data} --image-size 8"
 TEXT = "--dataset text --data-dir {data}/tinyshakespeare.txt"
 BOTH = "--baselines adamw muadam"
-VELO = "--theta {results}/velo_mup.npz {results}/velo_sp.npz"  # on the synthetic data
+THREE_WIDTHS = "--widths 32 128 512"
 EXPERIMENTS = {
-    "width": f"--sweep width {PAIR} {BASE_WIDTH} --baselines adamw {CIFAR} --tune both "
-             "--tune-seeds 2 --seeds 4 --widths 32 64 128 256 512 1024",
-    "width-others": f"--sweep width {ONE_WIDTH} --baselines muadam {CIFAR} --tune both "
-                    "--tune-seeds 2 --seeds 4 --widths 32 128 512",
+    "width": f"--sweep width {THREE} --baselines adamw {CIFAR} --tune both --tune-seeds 2 "
+             "--seeds 5 --widths 32 64 128 256 512 1024 2048 4096",
+    "width-others": f"--sweep width {ONE_WIDTH} {{results}}/mulo_m_long.npz --baselines muadam "
+                    f"{CIFAR} --tune both --tune-seeds 2 --seeds 5 {THREE_WIDTHS}",
     "width-seeds": f"--sweep width {BOTH_MULO_M} --baselines adamw {CIFAR} --tune per-width "
-                   "--tune-seeds 2 --seed 1 --seeds 8 --widths 32 128 512",
-    "width-2048": f"--sweep width {PAIR} {BASE_WIDTH} --baselines adamw {CIFAR} --tune both "
-                  "--tune-seeds 1 --seeds 3 --widths 32 1024 2048",
-    "width-2048-short": "--sweep width --theta {results}/mulo_s.npz {results}/lo_s.npz --baselines "
-                        f"adamw {CIFAR} --tune both --tune-seeds 1 --steps 300 --seeds 2 "
-                        "--widths 32 2048",
-    "depth": f"--sweep depth {PAIR} {BASE_WIDTH} {BOTH} {CIFAR} --seeds 3 --widths 32 128",
-    "depth-others": f"--sweep depth {PAIR_S} {CIFAR} --seeds 3 --widths 32 128",
-    "horizon": f"--sweep horizon {PAIR} {PAIR_S} --baselines adamw {CIFAR} --seeds 3 "
-               "--widths 128",
-    "horizon-others": f"--sweep horizon --theta {BASE_WIDTH} --baselines muadam {CIFAR} --seeds 3 "
-                      "--widths 128",
+                   f"--tune-seeds 2 --seed 1 --seeds 8 {THREE_WIDTHS}",
+    "width-synthetic": f"--sweep width {THREE} --baselines adamw --tune both --tune-seeds 2 "
+                       f"--seeds 5 {THREE_WIDTHS}",
+    "depth": f"--sweep depth {THREE} {BOTH} {CIFAR} --seeds 3 --widths 32 128",
+    "depth-512": f"--sweep depth {THREE} {BOTH} {CIFAR} --seeds 3 --widths 512 --depths 3 6 12",
+    "depth-vit": f"--sweep depth --task vit --patch 2 {THREE} --baselines adamw {CIFAR} --seeds 2 "
+                 "--depths 3 12 --widths 128",
+    "horizon": f"--sweep horizon {PAIR} {PAIR_S} --baselines adamw {CIFAR} --seeds 3 --widths 128",
     "horizon-1024": f"--sweep horizon {PAIR_1024} --baselines adamw {CIFAR} --batch-size 1024 "
                     "--tune-seeds 1 --seeds 2 --widths 32 128",
     "horizon-1024-on-64": f"--sweep horizon {PAIR_1024} {{results}}/mulo_s.npz {CIFAR} --seeds 5 "
@@ -700,22 +705,26 @@ EXPERIMENTS = {
                        "--tune per-width --tune-seeds 2 --seeds 5 --widths 128 "
                        "--lengths 1000 3000 10000 25000",
     "horizon-512": f"--sweep horizon {PLANNED} --baselines adamw_decay adamw_cosine {CIFAR} "
-                   "--tune per-width --tune-seeds 2 --seeds 2 --widths 512 "
-                   "--lengths 3000 10000 25000",
-    "pre-activations": f"--sweep coordinate-check {PAIR} {BASE_WIDTH} {CIFAR} --steps 500 "
-                       "--seeds 2 --widths 32 128 512",
-    "coordinate-check": f"--sweep coordinate-check {ONE_WIDTH} {{results}}/mulo_m.npz {BASE_WIDTH} "
-                        f"{CIFAR} --steps 100 --seeds 2 --widths 32 64 128 256 512 1024",
+                   "--tune per-width --tune-seeds 2 --seeds 5 --widths 512 "
+                   "--lengths 1000 3000 10000",
+    "pre-activations": f"--sweep coordinate-check {THREE} {CIFAR} --steps 500 --seeds 2 "
+                       f"{THREE_WIDTHS}",
+    "coordinate-check": f"--sweep coordinate-check {ONE_WIDTH} {{results}}/mulo_m.npz "
+                        f"{BASE_WIDTH} {CIFAR} --steps 100 --seeds 2 "
+                        "--widths 32 64 128 256 512 1024",
     "vit": f"--sweep width --task vit --patch 2 {SIX} {BOTH} {CIFAR} --steps 300 --seeds 2 "
            "--widths 32 64 128",
+    "vit-1000": f"--sweep width --task vit --patch 2 --theta {BASE_WIDTH} "
+                f"{BOTH} {CIFAR} --tune per-width --tune-seeds 1 --seeds 2 --widths 32 128",
     "lm": f"--sweep width --task lm {SIX} {BOTH} {TEXT} --batch-size 16 --steps 300 --seeds 2 "
           "--tune-seeds 1 --widths 32 64 128",
-    "velo": f"--sweep width {VELO} --baselines adamw --tune per-width --seeds 2 "
-            "--widths 32 128 512",
+    "lm-1000": f"--sweep width --task lm --theta {BASE_WIDTH} "
+               f"{BOTH} {TEXT} --batch-size 16 --tune per-width --tune-seeds 1 --seeds 2 "
+               "--widths 32 128",
+    "velo": f"--sweep width {VELO} --baselines adamw --tune per-width --seeds 2 {THREE_WIDTHS}",
     "velo-coordinate-check": f"--sweep coordinate-check {VELO} --steps 20 --seeds 2 "
                              "--widths 128 256 512 1024"}
-QUICK = {"quick": f"--sweep width {FIVE} --baselines adamw --widths 32 128 512 --steps 300 "
-                  "--seeds 2"}
+QUICK = {"quick": f"--sweep width {THREE} --baselines adamw {THREE_WIDTHS} --steps 300 --seeds 2"}
 
 # --------------------------------------------------------------------------------------------------
 # Command line
@@ -787,7 +796,7 @@ def prepare(argv: Sequence[str] | None) -> Plan:
     endings |= {"curves": "-curves.csv"} if settings.sweep == "horizon" else {}
     endings |= {"figure": ".png"} if output.plot else {}
     folder = pathlib.Path(output.out or "runs/evaluate")
-    return Plan(settings, load_contenders(settings.theta, settings.baselines),
+    return Plan(settings, load_contenders(settings.theta, settings.baselines, settings.decay),
                 {kind: folder / (name + ending) for kind, ending in endings.items()},
                 folder / f"{name}.partial.jsonl", bool(args.download))
 

@@ -333,6 +333,15 @@ def test_bad_flags_are_one_line(argv, message, tmp_path, capsys, monkeypatch):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def test_a_decay_takes_the_place_of_each_theta_s_own(theta):
+    *flags, width = "--sweep", "horizon", "--theta", theta, "--baselines", "adamw", "--widths", "4"
+    for more, expected in ((), 0.0), (("--decay", "0.25"), 0.25):
+        mine, adamw = evaluate.prepare([*flags, width, *more]).contenders
+        assert mine.learned.decay == expected and adamw == evaluate.BASELINES["adamw"]
+    with pytest.raises(ValueError, match="--decay"):
+        evaluate.prepare([*flags, width, "--decay", "1"])
+
+
 def test_every_experiment_parses(theta, tmp_path):
     """The tables of --reproduce are command lines of this program."""
     for name, flags in {**evaluate.EXPERIMENTS, **evaluate.QUICK}.items():
@@ -356,7 +365,7 @@ def test_shipped_tables_are_those_of_their_commands(name):
     if "seeds" in rows[0]:  # not in a coordinate check
         assert column("seeds") == {str(settings.seeds)}
         assert column("steps") == set(map(str, settings.lengths))
-    if name in ("width", "depth", "horizon", "horizon-planned"):  # shown as figures: few lines
+    if name in ("width", "depth", "horizon", "horizon-planned", "horizon-512"):  # shown as figures: few lines
         assert len({(row["optimizer"], row["tuned"]) for row in rows}) <= 5
 
 
