@@ -504,6 +504,7 @@ FIGURES = {"width": ("width", "loss", ("depth",), ("optimizer", "tuned")),
            "coordinate-check": ("width", "rms_change", ("optimizer", "tuned", "layer"), ("step",))}
 # how figures call the shipped θ, the baselines, and the ways of tuning
 NAMES = {"mulo_m": "μLO_M", "mulo_m_128": "μLO_M, base width 128", "mulo_m_long": "μLO_M, planned",
+         "mulo_m_long_1": "μLO_M, planned, seed 1",
          "lo_m": "LO_M (SP)", "lo_m_long": "LO_M (SP), planned", "mulo_s_16": "μLO_S",
          "mulo_s": "μLO_S, multipliers 1", "lo_s": "LO_S (SP)",
          "mulo_s_1024": "μLO_S, batches of 1,024", "lo_s_1024": "LO_S (SP), batches of 1,024",
@@ -690,6 +691,8 @@ EXPERIMENTS = {
                     f"{CIFAR} --tune both --tune-seeds 2 --seeds 5 {THREE_WIDTHS}",
     "width-seeds": f"--sweep width {BOTH_MULO_M} --baselines adamw {CIFAR} --tune per-width "
                    f"--tune-seeds 2 --seed 1 --seeds 8 {THREE_WIDTHS}",
+    "width-meta-seeds": "--sweep width --theta {results}/mulo_m_long.npz "
+                        f"{{results}}/mulo_m_long_1.npz {CIFAR} --seeds 5 {THREE_WIDTHS}",
     "width-synthetic": f"--sweep width {THREE} --baselines adamw --tune both --tune-seeds 2 "
                        f"--seeds 5 {THREE_WIDTHS}",
     "depth": f"--sweep depth {THREE} {BOTH} {CIFAR} --seeds 3 --widths 32 128",
