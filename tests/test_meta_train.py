@@ -55,13 +55,18 @@ def relative(a, b):
 
 
 def test_many_devices_equal_one(dataset):
-    """The meta-gradient and 20 meta-steps of θ, on 8 devices and on 1. XLA may round otherwise for a device with one
-    pair than for one with eight (jax 0.12 does, 0.10 not), and PES divides differences of losses, 1e-7 there, by σ²."""
+    """The meta-gradient and 20 meta-steps of θ, on 8 devices and on 1. 1e-5: only sums are in another order.
+
+    From jax 0.11 on XLA rounds otherwise for a device with one pair than for one with eight, and PES divides
+    differences of losses, 1e-7 there, by σ².
+    """
+    rounds_alike = jax.__version_info__ < (0, 11)
+    theta_bound, gradient_bound = (1e-5, 1e-5) if rounds_alike else (2e-4, 2e-3)
     (one, rows_one, _), (eight, rows_eight, state) = side_by_side(lambda n: meta_train_on(n, dataset), (1, 8))
     assert len(state.pairs[0].run_step.sharding.device_set) == 8
-    assert relative(eight, one) < 2e-4
+    assert relative(eight, one) < theta_bound
     for a, b in zip(rows_eight, rows_one):
-        assert abs(a.grad_norm - b.grad_norm) < 2e-3 * b.grad_norm
+        assert abs(a.grad_norm - b.grad_norm) < gradient_bound * b.grad_norm
         assert abs(a.meta_loss - b.meta_loss) < 1e-6 * b.meta_loss
 
 

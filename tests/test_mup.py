@@ -268,7 +268,7 @@ def load(name):
     return lopt.load(path)
 
 
-MARKS, WIDTHS = (1, 10, 100), (32, 256)
+MARKS, WIDTHS = (1, 10, 100), (32, 512)
 
 
 def passes(found):
@@ -278,7 +278,7 @@ def passes(found):
 
 
 def test_coordinate_check_of_the_learned_optimizers(dataset):
-    """Widths 32 and 256 after 1, 10 and 100 steps: the meta-trained μLO passes, the SP LO must not (after 1 and 10).
+    """Widths 32 and 512 after 1, 10 and 100 steps: the meta-trained μLO passes, the SP LO must not (after 1 and 10).
 
     Widths up to 1,024, and those between: `python evaluate.py --sweep coordinate-check`.
     """
