@@ -1024,6 +1024,40 @@ def join_processes(flags: RunFlags) -> None:
                          f"({tasks.first_line(error)})") from None
 
 
+def where_to_begin(settings: Settings, given: dict[str, Any], folder: Folder | None,
+                   datasets: Sequence[tasks.Dataset]) -> tuple[Settings, lopt.Learned]:
+    """What a run begins or goes on with, and its settings, which take θ's sizes from --first-theta.
+
+    Raises ValueError for a run that would go on with other training data.
+    """
+    data = " ".join(map(fingerprint, datasets))
+    if folder and folder.checkpoint:
+        if folder.checkpoint.about["data"] != data:
+            names = " or ".join(dataset.name for dataset in datasets)
+            raise ValueError(f"cannot resume: the training data of {names} are not those of the run "
+                             f"in {folder.path}")
+        learned = resumed_learned(settings, folder.checkpoint)
+    else:
+        first = None if settings.first_theta is None else lopt.load(settings.first_theta)
+        if first is not None:
+            own = {name: size for name, size in network_sizes(first).items() if name not in given}
+            settings = dataclasses.replace(settings, **own)
+        learned = first_learned(settings, first)
+    return settings, learned._replace(made=learned.made | {"data": data})
+
+
+def announce(settings: Settings, on: str, mesh: Mesh, folder: Folder) -> None:
+    """Prints what is meta-trained on what, where it runs and where it begins."""
+    kind = "μLO" if settings.parametrization == "mup" else "SP LO"
+    where = ""
+    if folder.checkpoint:
+        where = f"; going on after meta-step {folder.checkpoint.step}"
+    elif settings.first_theta:
+        where = f"; beginning with {settings.first_theta}"
+    print(f"meta-training a {kind} on {on}, {settings.pairs} pairs each, on {mesh.devices.size} "
+          f"{jax.devices()[0].platform} device(s); output in {folder.path}{where}", flush=True)
+
+
 def run(argv: Sequence[str] | None) -> int:
     """Parses, checks, trains, reports; returns the exit code. ValueError for any bad input."""
     args = make_parser().parse_args(argv)
@@ -1038,11 +1072,11 @@ def run(argv: Sequence[str] | None) -> int:
     if flags.distributed:
         join_processes(flags)
 
-    folder = checkpoint = None
+    folder = None
     if flags.resume or flags.resume_or_begin:
         folder = Folder(flags.out, flags)
-        if checkpoint := folder.checkpoint:
-            settings = settings_on_resume(given, checkpoint.about["settings"])
+        if folder.checkpoint:
+            settings = settings_on_resume(given, folder.checkpoint.about["settings"])
             check(settings)
     if not flags.distributed:
         tasks.set_up_devices(settings.pairs, flags.devices)
@@ -1052,38 +1086,19 @@ def run(argv: Sequence[str] | None) -> int:
     each, downloads = zip((settings, args.download), *map(further_task, settings.also))
     datasets = tasks.load_each(each, downloads)
     distinct = {id(dataset): dataset for dataset in datasets}  # several tasks may share one
-    data = " ".join(map(fingerprint, distinct.values()))
-    if checkpoint is None:
-        first = None if settings.first_theta is None else lopt.load(settings.first_theta)
-        if first is not None:
-            own = {name: size for name, size in network_sizes(first).items() if name not in given}
-            settings = dataclasses.replace(settings, **own)
-        learned = first_learned(settings, first)
-    elif checkpoint.about["data"] != data:
-        names = " or ".join(dataset.name for dataset in distinct.values())
-        raise ValueError(f"cannot resume: the training data of {names} are not those of the run in "
-                         f"{folder.path}")
-    else:
-        learned = resumed_learned(settings, checkpoint)
-    learned = learned._replace(made=learned.made | {"data": data})
+    settings, learned = where_to_begin(settings, given, folder, list(distinct.values()))
     sized = [(one, dataset, width) for one, dataset in zip(each, datasets) for width in one.widths]
     inner_tasks = [tasks.task_of(one, dataset, width, one.depth, learned.parametrization)
                    for one, dataset, width in sized]
 
     # Everything else has been checked before the first file is written.
     if folder is None:
-        name = f"{preset}-{settings.parametrization}"
-        folder = Folder(flags.out or new_folder(name), flags)
-    theta_path, began = folder.path / "theta.npz", time.monotonic()
+        folder = Folder(flags.out or new_folder(f"{preset}-{settings.parametrization}"), flags)
+    began = time.monotonic()
     if folder.process == 0:
-        kind = "μLO" if settings.parametrization == "mup" else "SP LO"
-        where = f"; going on after meta-step {checkpoint.step}" if checkpoint else \
-            f"; beginning with {settings.first_theta}" if settings.first_theta else ""
         on = " and ".join(f"{dataset.name}, widths {' '.join(map(str, one.widths))}"
                           for one, dataset in zip(each, datasets))
-        print(f"meta-training a {kind} on {on}, {settings.pairs} pairs each, on "
-              f"{mesh.devices.size} {jax.devices()[0].platform} device(s); output in "
-              f"{folder.path}{where}", flush=True)
+        announce(settings, on, mesh, folder)
     copies = {name: replicate(dataset.train, mesh) for name, dataset in distinct.items()}
     splits = [copies[id(dataset)] for _, dataset, _ in sized]
     learned, stopped = meta_train(settings, inner_tasks, splits, mesh, learned, folder)
@@ -1094,6 +1109,7 @@ def run(argv: Sequence[str] | None) -> int:
     if folder.process != 0:
         return 0
     draw_meta_loss(folder)
+    theta_path = folder.path / "theta.npz"
     print(f"wrote {theta_path} after {(time.monotonic() - began) / 60:.1f} minutes")
     if flags.report_steps:
         print(f"comparing θ with AdamW on {flags.report_steps} steps of training", flush=True)
