@@ -685,7 +685,8 @@ BOTH = "--baselines adamw muadam"
 THREE_WIDTHS = "--widths 32 128 512"
 # horizon and decay, ours
 PLANNED = ("--sweep horizon --theta {results}/mulo_m_long.npz {results}/lo_m_long.npz --baselines "
-           f"adamw_decay adamw_cosine {CIFAR} --tune per-width --tune-seeds 2 --seeds 5")
+           f"adamw_decay adamw_cosine {CIFAR} --tune per-width --tune-seeds 2 --seeds 5 "
+           "--lengths 1000 3000 10000 25000")
 EXPERIMENTS = {
     "width": f"--sweep width {THREE} --baselines adamw {CIFAR} --tune both --tune-seeds 2 "
              "--seeds 5 --widths 32 64 128 256 512 1024 2048 4096",
@@ -706,8 +707,8 @@ EXPERIMENTS = {
                     "--tune-seeds 1 --seeds 2 --widths 32 128",
     "horizon-1024-on-64": f"--sweep horizon {PAIR_1024} {{results}}/mulo_s.npz {CIFAR} --seeds 5 "
                           "--widths 128",
-    "horizon-planned": f"{PLANNED} --widths 128 --lengths 1000 3000 10000 25000",
-    "horizon-512": f"{PLANNED} --widths 512 --lengths 1000 3000 10000",
+    "horizon-planned": f"{PLANNED} --widths 128",
+    "horizon-512": f"{PLANNED} --widths 512",
     "pre-activations": f"--sweep coordinate-check {THREE} {CIFAR} --steps 500 --seeds 2 "
                        f"{THREE_WIDTHS}",
     "coordinate-check": f"--sweep coordinate-check {ONE_WIDTH} {{results}}/mulo_m.npz "
