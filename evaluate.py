@@ -6,11 +6,11 @@
     python evaluate.py --reproduce width     one of them
     python evaluate.py --reproduce quick     a small part, in minutes and without data to fetch
 
-A *contender* is an optimizer with its parametrization: a θ, which has nothing to tune, or a
-baseline: AdamW in the standard parametrization (SP), with or without weight decay and a cosine, or
-μAdam, that is Adam in μP. All of them train from the same keys, hence on the same batches and, in
-one parametrization, from the same initial weights. Baselines are tuned by their training loss under
-other keys; no test data decide anything.
+A *contender* is an optimizer with its parametrization: a θ, which has nothing to tune but, with
+--tune-theta, multipliers that μP leaves free, or a baseline: AdamW in the standard parametrization
+(SP), with or without weight decay and a cosine, or μAdam, that is Adam in μP. All of them train from
+the same keys, hence on the same batches and, in one parametrization, from the same initial weights.
+What is tuned is tuned by the training loss under other keys; no test data decide anything.
 
 A run has diverged when its final training loss is not finite or above 1.5 ln(classes); guessing has
 ln(classes).
@@ -83,8 +83,8 @@ class Contender(NamedTuple):
     """An optimizer in its parametrization: a learned optimizer, or Adam where `learned` is None.
 
     start: where tuning begins. factors: {field of `Hyper`: ratio of neighbours on its grid}, in
-    tuning order; a learned optimizer has none. cosine: whether Adam's learning rate falls to 0 by a
-    cosine over the planned steps.
+    tuning order; those of a learned optimizer are multipliers, as factors of its own. cosine:
+    whether Adam's learning rate falls to 0 by a cosine over the planned steps.
     """
     name: str
     parametrization: mup.Parametrization
@@ -96,7 +96,9 @@ class Contender(NamedTuple):
     def on(self, task_in: TaskIn, hyper: Hyper) -> tuple[tasks.Task, MakeOptimizer]:
         """The task in the contender's parametrization, and the contender's optimizer there."""
         if self.learned is not None:
-            task = task_in(self.parametrization)
+            own = self.parametrization
+            task = task_in(own._replace(**{field: getattr(own, field) * getattr(hyper, field)
+                                           for field in self.factors}))
             return task, functools.partial(tasks.optimizer_for, task, self.learned)
         learning_rate, weight_decay, *multipliers = hyper
         task = task_in(mup.Parametrization(self.parametrization.name, *multipliers))
@@ -123,10 +125,11 @@ BASELINES = {contender.name: contender for contender in (
 
 
 def load_contenders(paths: Sequence[str], baselines: Sequence[str],
-                    decay: float | None = None) -> list[Contender]:
+                    decay: float | None = None, tuned: Sequence[str] = ()) -> list[Contender]:
     """The θ of these files, named by file (by the path, where names repeat), then the baselines.
 
-    decay: of all θ, in place of their own.
+    decay: of all θ, in place of their own. tuned: the multipliers to be tuned of θ in μP; raises
+    ValueError where there is none.
     """
     stems, contenders = [pathlib.Path(path).stem for path in paths], []
     for path, stem in zip(paths, stems):
@@ -136,7 +139,10 @@ def load_contenders(paths: Sequence[str], baselines: Sequence[str],
         if decay is not None:
             learned = learned._replace(decay=decay)
         name = stem if stems.count(stem) == 1 else path.removesuffix(".npz")
-        contenders.append(Contender(name, learned.parametrization, learned))
+        factors = dict.fromkeys(tuned if learned.parametrization.name == "mup" else (), 2.0)
+        contenders.append(Contender(name, learned.parametrization, learned, factors=factors))
+    if tuned and not any(contender.factors for contender in contenders):
+        raise ValueError(f"--tune-theta {' '.join(tuned)}: there is no --theta in μP to be tuned")
     return contenders + [BASELINES[name] for name in baselines]
 
 
@@ -243,6 +249,9 @@ class Settings(tasks.TaskSettings):
                                          "to 0; muadam: Adam in μP", choices=tuple(BASELINES))
     decay: float | None = setting(None, "share of the weights that each update of a θ takes away, "
                                   "in place of the θ's own", low=0, below=1, metavar="λ")
+    tune_theta: tuple[str, ...] = setting((), "multipliers to be tuned of each θ in μP, too, at the "
+                                          "first width, depth and length: factors of its own",
+                                          choices=("input_mult", "output_mult", "hidden_lr_mult"))
     sweep: str = setting("width", "what varies; horizon: the length of the runs",
                          choices=tuple(SWEEPS))
     depths: tuple[int, ...] | None = setting(None, "for the depth sweep (3 6 12 16 if not given)",
@@ -676,12 +685,13 @@ THREE = f"{PAIR} {BASE_WIDTH}"
 BOTH_MULO_M = f"--theta {{results}}/mulo_m.npz {BASE_WIDTH}"
 PAIR_S = "{results}/mulo_s_16.npz {results}/lo_s.npz"
 ONE_WIDTH = f"--theta {{results}}/mulo_s.npz {PAIR_S}"
-SIX = f"{THREE} {PAIR_S} {{results}}/mulo_s.npz"
 PAIR_1024 = "--theta {results}/mulo_s_1024.npz {results}/lo_s_1024.npz"  # their batch size
 VELO = "--theta {results}/velo_mup.npz {results}/velo_sp.npz"  # on the synthetic data
 CIFAR = "--dataset cifar10 --data-dir {data} --image-size 8"
 TEXT = "--dataset text --data-dir {data}/tinyshakespeare.txt"
 BOTH = "--baselines adamw muadam"
+OTHER_TASKS = f"--theta {BASE_WIDTH} {BOTH} --tune per-width --tune-seeds 1 --seeds 2"
+TUNED_INPUT = f"--theta {BASE_WIDTH} --tune-theta input_mult --tune-seeds 1 --seeds 2"
 THREE_WIDTHS = "--widths 32 128 512"
 # horizon and decay, ours
 PLANNED = ("--sweep horizon --theta {results}/mulo_m_long.npz {results}/lo_m_long.npz --baselines "
@@ -709,20 +719,17 @@ EXPERIMENTS = {
                           "--widths 128",
     "horizon-planned": f"{PLANNED} --widths 128",
     "horizon-512": f"{PLANNED} --widths 512",
+    "horizon-decay": f"--sweep horizon --theta {{results}}/mulo_m_long.npz --decay 2.5e-3 {CIFAR} "
+                     "--seeds 5 --widths 128 512 --lengths 10000 25000",
     "pre-activations": f"--sweep coordinate-check {THREE} {CIFAR} --steps 500 --seeds 2 "
                        f"{THREE_WIDTHS}",
     "coordinate-check": f"--sweep coordinate-check {ONE_WIDTH} {{results}}/mulo_m.npz "
                         f"{BASE_WIDTH} {CIFAR} --steps 100 --seeds 2 "
                         "--widths 32 64 128 256 512 1024",
-    "vit": f"--sweep width --task vit --patch 2 {SIX} {BOTH} {CIFAR} --steps 300 --seeds 2 "
-           "--widths 32 64 128",
-    "vit-1000": f"--sweep width --task vit --patch 2 --theta {BASE_WIDTH} "
-                f"{BOTH} {CIFAR} --tune per-width --tune-seeds 1 --seeds 2 --widths 32 128",
-    "lm": f"--sweep width --task lm {SIX} {BOTH} {TEXT} --batch-size 16 --steps 300 --seeds 2 "
-          "--tune-seeds 1 --widths 32 64 128",
-    "lm-1000": f"--sweep width --task lm --theta {BASE_WIDTH} "
-               f"{BOTH} {TEXT} --batch-size 16 --tune per-width --tune-seeds 1 --seeds 2 "
-               "--widths 32 128",
+    "vit": f"--sweep width --task vit --patch 2 {OTHER_TASKS} {CIFAR} {THREE_WIDTHS}",
+    "lm": f"--sweep width --task lm {OTHER_TASKS} {TEXT} --batch-size 16 {THREE_WIDTHS}",
+    "vit-tuned": f"--sweep width --task vit --patch 2 {TUNED_INPUT} {CIFAR} --widths 32 128",
+    "lm-tuned": f"--sweep width --task lm {TUNED_INPUT} {TEXT} --batch-size 16 --widths 32 128",
     "velo": f"--sweep width {VELO} --baselines adamw --tune per-width --seeds 2 {THREE_WIDTHS}",
     "velo-coordinate-check": f"--sweep coordinate-check {VELO} --steps 20 --seeds 2 "
                              "--widths 128 256 512 1024"}
@@ -798,7 +805,8 @@ def prepare(argv: Sequence[str] | None) -> Plan:
     endings |= {"curves": "-curves.csv"} if settings.sweep == "horizon" else {}
     endings |= {"figure": ".png"} if output.plot else {}
     folder = pathlib.Path(output.out or "runs/evaluate")
-    return Plan(settings, load_contenders(settings.theta, settings.baselines, settings.decay),
+    return Plan(settings, load_contenders(settings.theta, settings.baselines, settings.decay,
+                                          settings.tune_theta),
                 {kind: folder / (name + ending) for kind, ending in endings.items()},
                 folder / f"{name}.partial.jsonl", bool(args.download))
 

@@ -90,8 +90,7 @@ def test_losses_are_those_of_tasks_train(dataset):
                                   jax.random.key_data(evaluate.seed_keys(jax.random.key(3), 5)[:2]))
     muadam = BASELINES["muadam"]
     parametrization = mup.Parametrization("mup", *muadam.start[2:])
-    learned = muadam._replace(learned=lopt.Learned(lopt.init_theta(keys[0]), 0.01),
-                              parametrization=parametrization)
+    learned = evaluate.Contender("mine", parametrization, lopt.Learned(lopt.init_theta(keys[0]), 0.01))
 
     def in_sweep(contender):
         train, _ = evaluate.compiled(contender, task_in, 3, 2)
@@ -340,6 +339,29 @@ def test_a_decay_takes_the_place_of_each_theta_s_own(theta):
         assert mine.learned.decay == expected and adamw == evaluate.BASELINES["adamw"]
     with pytest.raises(ValueError, match="--decay"):
         evaluate.prepare([*flags, width, "--decay", "1"])
+
+
+def test_multipliers_of_theta_are_tuned_as_factors_of_its_own(theta):
+    """With a factor f of input_mult, the network's first layer has f times the multiplier of θ's own μP."""
+    argv = "--theta", theta, "--baselines", "adamw", "--tune-theta", "input_mult"
+    mine, adamw = evaluate.prepare(argv).contenders
+    assert mine.factors == {"input_mult": 2.0} and adamw == evaluate.BASELINES["adamw"]
+    seen = []
+    mine.on(lambda p: seen.append(p) or types.SimpleNamespace(), evaluate.Hyper(input_mult=4.0))
+    own = mine.learned.parametrization
+    assert seen == [own._replace(input_mult=4.0 * own.input_mult)]
+    in_sp = mine.learned._replace(parametrization=mup.SP)
+    lopt.save(theta, in_sp)
+    with pytest.raises(ValueError, match="no --theta in μP"):  # SP has no such multipliers
+        evaluate.prepare(argv)
+
+
+def test_a_tuned_theta_has_its_multiplier_in_the_table(theta, tmp_path):
+    flags = "--tune-theta input_mult --batch-size 8 --steps 2 --seeds 1 --widths 4 8 --depth 1"
+    assert command(*flags.split(), "--theta", theta, "--out", tmp_path / "out") == 0
+    rows = read(tmp_path / "out" / "width.csv")
+    assert len(rows) == 2 and {row["tuned"] for row in rows} == {"transfer"}
+    assert len({row["input_mult"] for row in rows}) == 1 and float(rows[0]["input_mult"]) > 0
 
 
 def test_every_experiment_parses(theta, tmp_path):
