@@ -709,7 +709,7 @@ EXPERIMENTS = {
     "width-synthetic": f"--sweep width {THREE} --baselines adamw --tune both --tune-seeds 2 "
                        f"--seeds 5 {THREE_WIDTHS}",
     "depth": f"--sweep depth {THREE} {BOTH} {CIFAR} --seeds 3 --widths 32 128",
-    "depth-512": f"--sweep depth {THREE} {BOTH} {CIFAR} --seeds 3 --widths 512 --depths 3 6 12",
+    "depth-512": f"--sweep depth {THREE} {BOTH} {CIFAR} --seeds 3 --widths 512",
     "depth-vit": f"--sweep depth --task vit --patch 2 {THREE} --baselines adamw {CIFAR} --seeds 2 "
                  "--depths 3 12 --widths 128",
     "horizon": f"--sweep horizon {PAIR} {PAIR_S} --baselines adamw {CIFAR} --seeds 3 --widths 128",
