@@ -688,7 +688,8 @@ ONE_WIDTH = f"--theta {{results}}/mulo_s.npz {PAIR_S}"
 PAIR_1024 = "--theta {results}/mulo_s_1024.npz {results}/lo_s_1024.npz"  # their batch size
 VELO = "--theta {results}/velo_mup.npz {results}/velo_sp.npz"  # on the synthetic data
 CIFAR = "--dataset cifar10 --data-dir {data} --image-size 8"
-TEXT = "--dataset text --data-dir {data}/tinyshakespeare.txt"
+VIT = f"--task vit --patch 2 {CIFAR}"
+LM = "--task lm --dataset text --data-dir {data}/tinyshakespeare.txt --batch-size 16"
 BOTH = "--baselines adamw muadam"
 OTHER_TASKS = f"--theta {BASE_WIDTH} {BOTH} --tune per-width --tune-seeds 1 --seeds 2"
 TUNED_INPUT = f"--theta {BASE_WIDTH} --tune-theta input_mult --tune-seeds 1 --seeds 2"
@@ -710,8 +711,8 @@ EXPERIMENTS = {
                        f"--seeds 5 {THREE_WIDTHS}",
     "depth": f"--sweep depth {THREE} {BOTH} {CIFAR} --seeds 3 --widths 32 128",
     "depth-512": f"--sweep depth {THREE} {BOTH} {CIFAR} --seeds 3 --widths 512",
-    "depth-vit": f"--sweep depth --task vit --patch 2 {THREE} --baselines adamw {CIFAR} --seeds 2 "
-                 "--depths 3 12 --widths 128",
+    "depth-vit": f"--sweep depth {VIT} {THREE} --baselines adamw --seeds 2 --depths 3 12 "
+                 "--widths 128",
     "horizon": f"--sweep horizon {PAIR} {PAIR_S} --baselines adamw {CIFAR} --seeds 3 --widths 128",
     "horizon-1024": f"--sweep horizon {PAIR_1024} --baselines adamw {CIFAR} --batch-size 1024 "
                     "--tune-seeds 1 --seeds 2 --widths 32 128",
@@ -726,10 +727,10 @@ EXPERIMENTS = {
     "coordinate-check": f"--sweep coordinate-check {ONE_WIDTH} {{results}}/mulo_m.npz "
                         f"{BASE_WIDTH} {CIFAR} --steps 100 --seeds 2 "
                         "--widths 32 64 128 256 512 1024",
-    "vit": f"--sweep width --task vit --patch 2 {OTHER_TASKS} {CIFAR} {THREE_WIDTHS}",
-    "lm": f"--sweep width --task lm {OTHER_TASKS} {TEXT} --batch-size 16 {THREE_WIDTHS}",
-    "vit-tuned": f"--sweep width --task vit --patch 2 {TUNED_INPUT} {CIFAR} --widths 32 128",
-    "lm-tuned": f"--sweep width --task lm {TUNED_INPUT} {TEXT} --batch-size 16 --widths 32 128",
+    "vit": f"--sweep width {VIT} {OTHER_TASKS} {THREE_WIDTHS}",
+    "lm": f"--sweep width {LM} {OTHER_TASKS} {THREE_WIDTHS}",
+    "vit-tuned": f"--sweep width {VIT} {TUNED_INPUT} --widths 32 128",
+    "lm-tuned": f"--sweep width {LM} {TUNED_INPUT} --widths 32 128",
     "velo": f"--sweep width {VELO} --baselines adamw --tune per-width --seeds 2 {THREE_WIDTHS}",
     "velo-coordinate-check": f"--sweep coordinate-check {VELO} --steps 20 --seeds 2 "
                              "--widths 128 256 512 1024"}
@@ -781,9 +782,9 @@ def settings_of(args: argparse.Namespace) -> Settings:
     settings = dataclasses.replace(settings, **{name: value for name, value in missing.items()
                                                 if getattr(settings, name) is None})
     tasks.check(settings)
-    for name in ("theta", "baselines", "depths", "lengths"):
+    for name in ("theta", "baselines", "tune_theta", "depths", "lengths"):
         if len(set(values := getattr(settings, name))) < len(values):
-            raise ValueError(f"--{name} {' '.join(map(str, values))}: one is given twice")
+            raise ValueError(f"{tasks.flag(name)} {' '.join(map(str, values))}: one is given twice")
     if not settings.theta and not settings.baselines:
         raise ValueError("nothing to evaluate: give a --theta, or --baselines, or --reproduce")
     if settings.sweep == "coordinate-check" and len(settings.widths) < 2:

@@ -304,6 +304,8 @@ def test_missing_matplotlib_is_said_at_once(theta, tmp_path, monkeypatch, capsys
     (["--theta", "a.npz", "a.npz"], "--theta a.npz a.npz: one is given twice"),
     (["--baselines", "sgd"], "invalid choice: 'sgd'"),
     (["--baselines", "adamw", "adamw"], "--baselines adamw adamw: one is given twice"),
+    (["--baselines", "adamw", "--tune-theta", "input_mult"], "--tune-theta input_mult: there is no --theta in μP"),
+    (["--baselines", "adamw", "--tune-theta", "input_mult", "input_mult"], "input_mult input_mult: one is given twice"),
     (["--sweep", "length"], "invalid choice: 'length'"),
     (["--baselines", "adamw", "--steps", "0"], "--steps 0: must be between"),
     (["--baselines", "adamw", "--seeds", "-1"], "--seeds -1: must be between"),
