@@ -513,11 +513,11 @@ FIGURES = {"width": ("width", "loss", ("depth",), ("optimizer", "tuned")),
            "coordinate-check": ("width", "rms_change", ("optimizer", "tuned", "layer"), ("step",))}
 # how figures call the shipped θ, the baselines, and the ways of tuning
 NAMES = {"mulo_m": "μLO_M", "mulo_m_128": "μLO_M, base width 128", "mulo_m_long": "μLO_M, planned",
-         "mulo_m_long_1": "μLO_M, planned, seed 1",
-         "lo_m": "LO_M (SP)", "lo_m_long": "LO_M (SP), planned", "mulo_s_16": "μLO_S",
-         "mulo_s": "μLO_S, multipliers 1", "lo_s": "LO_S (SP)",
+         "mulo_m_1": "μLO_M, seed 1", "mulo_m_128_1": "μLO_M, base width 128, seed 1",
+         "mulo_m_long_1": "μLO_M, planned, seed 1", "lo_m": "LO_M (SP)",
+         "lo_m_long": "LO_M (SP), planned", "mulo_s": "μLO_S", "lo_s": "LO_S (SP)",
          "mulo_s_1024": "μLO_S, batches of 1,024", "lo_s_1024": "LO_S (SP), batches of 1,024",
-         "velo_mup": "μVeLO", "velo_sp": "VeLO (SP)", "adamw": "AdamW",
+         "velo_mup": "μVeLO", "velo_sp": "VeLO (SP)", "mulo_laptop": "μLO", "adamw": "AdamW",
          "adamw_decay": "AdamW, constant", "adamw_cosine": "AdamW, cosine", "muadam": "μAdam",
          "transfer": "tuned at the first, transferred", "per-width": "tuned at each"}
 
@@ -683,8 +683,7 @@ PAIR = "--theta {results}/mulo_m.npz {results}/lo_m.npz"
 BASE_WIDTH = "{results}/mulo_m_128.npz"  # ours
 THREE = f"{PAIR} {BASE_WIDTH}"
 BOTH_MULO_M = f"--theta {{results}}/mulo_m.npz {BASE_WIDTH}"
-PAIR_S = "{results}/mulo_s_16.npz {results}/lo_s.npz"
-ONE_WIDTH = f"--theta {{results}}/mulo_s.npz {PAIR_S}"
+PAIR_S = "--theta {results}/mulo_s.npz {results}/lo_s.npz"
 PAIR_1024 = "--theta {results}/mulo_s_1024.npz {results}/lo_s_1024.npz"  # their batch size
 VELO = "--theta {results}/velo_mup.npz {results}/velo_sp.npz"  # on the synthetic data
 CIFAR = "--dataset cifar10 --data-dir {data} --image-size 8"
@@ -692,7 +691,8 @@ VIT = f"--task vit --patch 2 {CIFAR}"
 LM = "--task lm --dataset text --data-dir {data}/tinyshakespeare.txt --batch-size 16"
 BOTH = "--baselines adamw muadam"
 OTHER_TASKS = f"--theta {BASE_WIDTH} {BOTH} --tune per-width --tune-seeds 1 --seeds 2"
-TUNED_INPUT = f"--theta {BASE_WIDTH} --tune-theta input_mult --tune-seeds 1 --seeds 2"
+TUNED = (f"--theta {BASE_WIDTH} --tune-theta input_mult output_mult hidden_lr_mult --tune-seeds 4 "
+         "--seeds 2")
 THREE_WIDTHS = "--widths 32 128 512"
 # horizon and decay, ours
 PLANNED = ("--sweep horizon --theta {results}/mulo_m_long.npz {results}/lo_m_long.npz --baselines "
@@ -701,11 +701,12 @@ PLANNED = ("--sweep horizon --theta {results}/mulo_m_long.npz {results}/lo_m_lon
 EXPERIMENTS = {
     "width": f"--sweep width {THREE} --baselines adamw {CIFAR} --tune both --tune-seeds 2 "
              "--seeds 5 --widths 32 64 128 256 512 1024 2048 4096",
-    "width-others": f"--sweep width {ONE_WIDTH} {{results}}/mulo_m_long.npz --baselines muadam "
+    "width-others": f"--sweep width {PAIR_S} {{results}}/mulo_m_long.npz --baselines muadam "
                     f"{CIFAR} --tune both --tune-seeds 2 --seeds 5 {THREE_WIDTHS}",
     "width-seeds": f"--sweep width {BOTH_MULO_M} --baselines adamw {CIFAR} --tune per-width "
                    f"--tune-seeds 2 --seed 1 --seeds 8 {THREE_WIDTHS}",
-    "width-meta-seeds": "--sweep width --theta {results}/mulo_m_long.npz "
+    "width-meta-seeds": f"--sweep width {BOTH_MULO_M} {{results}}/mulo_m_long.npz "
+                        "{results}/mulo_m_1.npz {results}/mulo_m_128_1.npz "
                         f"{{results}}/mulo_m_long_1.npz {CIFAR} --seeds 5 {THREE_WIDTHS}",
     "width-synthetic": f"--sweep width {THREE} --baselines adamw --tune both --tune-seeds 2 "
                        f"--seeds 5 {THREE_WIDTHS}",
@@ -713,7 +714,8 @@ EXPERIMENTS = {
     "depth-512": f"--sweep depth {THREE} {BOTH} {CIFAR} --seeds 3 --widths 512",
     "depth-vit": f"--sweep depth {VIT} {THREE} --baselines adamw --seeds 2 --depths 3 12 "
                  "--widths 128",
-    "horizon": f"--sweep horizon {PAIR} {PAIR_S} --baselines adamw {CIFAR} --seeds 3 --widths 128",
+    "horizon": f"--sweep horizon {PAIR} {{results}}/mulo_s.npz "
+               f"{{results}}/lo_s.npz --baselines adamw {CIFAR} --seeds 3 --widths 128",
     "horizon-1024": f"--sweep horizon {PAIR_1024} --baselines adamw {CIFAR} --batch-size 1024 "
                     "--tune-seeds 1 --seeds 2 --widths 32 128",
     "horizon-1024-on-64": f"--sweep horizon {PAIR_1024} {{results}}/mulo_s.npz {CIFAR} --seeds 5 "
@@ -724,14 +726,15 @@ EXPERIMENTS = {
                      "--seeds 5 --widths 128 512 --lengths 10000 25000",
     "pre-activations": f"--sweep coordinate-check {THREE} {CIFAR} --steps 500 --seeds 2 "
                        f"{THREE_WIDTHS}",
-    "coordinate-check": f"--sweep coordinate-check {ONE_WIDTH} {{results}}/mulo_m.npz "
+    "coordinate-check": f"--sweep coordinate-check {PAIR_S} {{results}}/mulo_m.npz "
                         f"{BASE_WIDTH} {CIFAR} --steps 100 --seeds 2 "
                         "--widths 32 64 128 256 512 1024",
     "vit": f"--sweep width {VIT} {OTHER_TASKS} {THREE_WIDTHS}",
     "lm": f"--sweep width {LM} {OTHER_TASKS} {THREE_WIDTHS}",
-    "vit-tuned": f"--sweep width {VIT} {TUNED_INPUT} --widths 32 128",
-    "lm-tuned": f"--sweep width {LM} {TUNED_INPUT} --widths 32 128",
-    "velo": f"--sweep width {VELO} --baselines adamw --tune per-width --seeds 2 {THREE_WIDTHS}",
+    "vit-tuned": f"--sweep width {VIT} {TUNED} {THREE_WIDTHS}",
+    "lm-tuned": f"--sweep width {LM} {TUNED} {THREE_WIDTHS}",
+    "velo": f"--sweep width {VELO} {{results}}/mulo_laptop.npz --baselines adamw --tune per-width "
+            f"--seeds 2 {THREE_WIDTHS}",
     "velo-coordinate-check": f"--sweep coordinate-check {VELO} --steps 20 --seeds 2 "
                              "--widths 128 256 512 1024"}
 QUICK = {"quick": f"--sweep width {THREE} --baselines adamw {THREE_WIDTHS} --steps 300 --seeds 2"}
