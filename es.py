@@ -7,7 +7,7 @@ never unrolled from start to end for one gradient, but K steps at a time (a *tru
 earlier truncation does to a later loss would be lost: truncated Evolution Strategies (ES) is biased. PES keeps it, in
 an accumulator ξ of all perturbations that the run has felt.
 
-All above the waterline is about one pair; `over_pairs` makes N of it, over all devices.
+All above the waterline is about one pair, to be called under `over_pairs`, which makes N of it, over all devices.
 
 Four clocks count the steps of an inner run: `run_step`, since the run began; t, since the truncation began;
 `meta_step`, the truncations made; `time` = meta_step · K + t, all steps of the pair.
@@ -195,10 +195,11 @@ def over_pairs(function: Callable, mesh: Mesh | None = None) -> Callable:
     [N, …] (or None) and the same arguments everywhere; it returns (the mean over all pairs of the values, pairs).
 
     A device takes its pairs one by one on a CPU, where the state of one then stays in the cache, a reset costs nothing
-    when none is due, and rounding does not depend on how many there are; on an accelerator, which needs the parallel
-    work, all side by side. Each pair's values are computed where the pair is, gathered on every device, and averaged
-    there in the order of the pairs, so that the number of devices changes nothing: the smallest change would grow,
-    since PES divides differences of losses by σ².
+    when none is due, and rounding does not depend on how many there are (with jax below 0.11; since then XLA rounds
+    otherwise for one pair than for several); on an accelerator, which needs the parallel work, all side by side. Each
+    pair's values are computed where the pair is, gathered on every device, and averaged there in the order of the
+    pairs, so that no sum depends on the number of devices: the smallest change would grow, since PES divides
+    differences of losses by σ².
     """
     def on_device(keys, pairs, *everywhere):
         at_once = 1 if jax.default_backend() == "cpu" else len(keys)

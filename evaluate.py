@@ -10,7 +10,8 @@ A *contender* is an optimizer with its parametrization: a θ, which has nothing 
 --tune-theta, multipliers that μP leaves free, or a baseline: AdamW in the standard parametrization
 (SP), with or without weight decay and a cosine, or μAdam, that is Adam in μP. All of them train from
 the same keys, hence on the same batches and, in one parametrization, from the same initial weights.
-What is tuned is tuned by the training loss under other keys; no test data decide anything.
+What is tuned is tuned by the training loss under other keys; no test data decide anything here (the
+decays of the θ for long runs were chosen by them: results/README.md, "Horizon").
 
 A run has diverged when its final training loss is not finite or above 1.5 ln(classes); guessing has
 ln(classes).
@@ -26,6 +27,7 @@ Dimensions: S seeds, T steps.
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -128,8 +130,8 @@ def load_contenders(paths: Sequence[str], baselines: Sequence[str],
                     decay: float | None = None, tuned: Sequence[str] = ()) -> list[Contender]:
     """The θ of these files, named by file (by the path, where names repeat), then the baselines.
 
-    decay: of all θ, in place of their own. tuned: the multipliers to be tuned of θ in μP; raises
-    ValueError where there is none.
+    decay: of all θ, in place of their own. tuned: the multipliers to be tuned of θ in μP. Raises
+    ValueError where either is given and there is no such θ.
     """
     stems, contenders = [pathlib.Path(path).stem for path in paths], []
     for path, stem in zip(paths, stems):
@@ -141,6 +143,8 @@ def load_contenders(paths: Sequence[str], baselines: Sequence[str],
         name = stem if stems.count(stem) == 1 else path.removesuffix(".npz")
         factors = dict.fromkeys(tuned if learned.parametrization.name == "mup" else (), 2.0)
         contenders.append(Contender(name, learned.parametrization, learned, factors=factors))
+    if decay is not None and not paths:
+        raise ValueError(f"--decay {decay:g}: there is no --theta whose decay it would be")
     if tuned and not any(contender.factors for contender in contenders):
         raise ValueError(f"--tune-theta {' '.join(tuned)}: there is no --theta in μP to be tuned")
     return contenders + [BASELINES[name] for name in baselines]
@@ -186,9 +190,9 @@ def tune(loss_of: Callable[[Hyper], float], start: Hyper, factors: dict[str, flo
          rounds: int = 3) -> Hyper:
     """The best point of a grid without ends, by a walk along one field of `Hyper` after the other.
 
-    The walk goes to the neighbour, one factor up or down, for as long as that is better: an optimum
-    is bracketed wherever it lies. Rounds over all fields end when one changes nothing. loss_of must
-    give inf, not nan, for a run that diverged.
+    The walk goes to the neighbour, one factor up or down, for as long as that is better, so that it
+    brackets an optimum, however far, unless the start and its neighbours are all without a finite
+    loss. Rounds over all fields end when one changes nothing. loss_of must give inf, not nan.
     """
     loss_of, best = functools.cache(loss_of), start
     for _ in range(rounds):
@@ -208,11 +212,13 @@ def hyperparameters(contender: Contender, how: str, sizes: Sequence[Size],
 
     "transfer": all fields, at the first size, then kept, as μP intends. "per-width": the same, and
     learning rate and weight decay again at each further size, beginning with the best of the size
-    before. "both". "none": the start.
+    before, where the contender has them. "both". "none": the start. "-": there is nothing to tune.
     """
     first = latest = None
     again = {field: factor for field, factor in contender.factors.items()
              if field in ("learning_rate", "weight_decay")}
+    if how != "none" and not again:
+        how = "transfer"
     for size in sizes:
         loss_of = functools.partial(loss_at, size)
         if how == "none" or not contender.factors:
@@ -256,13 +262,14 @@ class Settings(tasks.TaskSettings):
                          choices=tuple(SWEEPS))
     depths: tuple[int, ...] | None = setting(None, "for the depth sweep (3 6 12 16 if not given)",
                                              metavar="D", **COUNT)
-    steps: int | None = setting(None, "inner steps, but for the horizon sweep (1000 if not given, "
+    steps: int | None = setting(None, "inner steps, in all sweeps but horizon (1000 if not given, "
                                 "coordinate-check 500)", metavar="T", **COUNT)
     lengths: tuple[int, ...] | None = setting(None, "in steps, for the horizon sweep (1000 5000 "
                                               "25000 if not given)", metavar="T", **COUNT)
     seeds: int = setting(3, "inner runs of each optimizer", metavar="S", **COUNT)
-    tune: str = setting("transfer", "baselines at the first width, depth and length, for all, or "
-                        "at each, or both ways", choices=("transfer", "per-width", "both", "none"))
+    tune: str = setting("transfer", "baselines at the first width, depth and length, for all; "
+                        "per-width: their learning rate and weight decay at each; both: both ways",
+                        choices=("transfer", "per-width", "both", "none"))
     tune_steps: int | None = setting(None, "inner steps of tuning (those of the run if not given)",
                                      metavar="T", **COUNT)
     tune_seeds: int | None = setting(None, "inner runs of tuning (--seeds if not given)",
@@ -316,11 +323,13 @@ def after_training(job: Job, hyper: Hyper) -> Rows:
 def summary(losses: np.ndarray, max_loss: float) -> Row:
     """The row of runs with losses [S, T]: mean and standard deviation of their final losses.
 
-    If any has diverged, the mean is inf, and there is no deviation.
+    The deviation is that of these S runs from their mean, √(mean of squares); one run has none. If
+    any has diverged, the mean is inf, and there is none.
     """
     final = tasks.final_loss(losses)
     diverged = int(np.sum(~(final <= max_loss)))  # nan counts, too
-    mean, std = (math.inf, math.nan) if diverged else (float(final.mean()), float(final.std()))
+    mean = math.inf if diverged else float(final.mean())
+    std = math.nan if diverged or len(losses) == 1 else float(final.std())
     return {"seeds": len(losses), "diverged": diverged, "loss": mean, "std": std}
 
 
@@ -357,11 +366,11 @@ def pre_activations(job: Job, hyper: Hyper) -> Rows:
     return {"check": rows}
 
 
-OVER_WIDTHS = ("optimizer", "tuned", "depth", "layer", "step")  # a coordinate check compares widths
+OVER_WIDTHS = ("optimizer", "tuned", "layer", "step")  # a coordinate check compares widths
 
 
 def sweep(settings: Settings, dataset: tasks.Dataset, contender: Contender,
-          remember: Callable[[Callable], Callable] = functools.cache) -> Iterator[Rows]:
+          remember: Callable[[Callable], Callable]) -> Iterator[Rows]:
     """Tunes one contender and measures it: the rows of each size in turn.
 
     remember: wraps the two functions that train, so that nothing is trained twice.
@@ -420,7 +429,7 @@ def over_seeds(function: Callable, seeds: int) -> Callable:
     """Jits function(hyper, tree of one seed, split) for trees of S seeds, shared among devices.
 
     A device takes its seeds one by one on a CPU, where the state of one stays in the cache (1.3 to
-    1.6 times as fast), on an accelerator side by side. The first seeds fill up the last shares.
+    1.6 times as fast), on an accelerator side by side. The first seeds fill up the last share.
     """
     share = math.ceil(seeds / len(jax.devices()))
     count = math.ceil(seeds / share)
@@ -670,7 +679,8 @@ class Journal:
         return self
 
     def __exit__(self, error: type | None, *_: Any) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # what could not be written has been told already
+            self.file.close()
         if error is None or not self.results:
             self.path.unlink(missing_ok=True)
 
@@ -788,6 +798,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     for name in ("theta", "baselines", "tune_theta", "depths", "lengths"):
         if len(set(values := getattr(settings, name))) < len(values):
             raise ValueError(f"{tasks.flag(name)} {' '.join(map(str, values))}: one is given twice")
+    if settings.tune_theta and settings.tune == "none":
+        raise ValueError(f"--tune-theta {' '.join(settings.tune_theta)}: --tune none tunes nothing")
     if not settings.theta and not settings.baselines:
         raise ValueError("nothing to evaluate: give a --theta, or --baselines, or --reproduce")
     if settings.sweep == "coordinate-check" and len(settings.widths) < 2:
@@ -863,8 +875,8 @@ def load(plans: Sequence[Plan]) -> list[tasks.Dataset]:
 
 def record(settings: Settings, dataset: tasks.Dataset) -> dict[str, Any]:
     """The settings as a journal holds them: θ with checksums, the data set with its statistics."""
-    theta = {path: hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
-             for path in settings.theta}
+    theta = {path: hashlib.sha256(b"".join(map(pathlib.Path.read_bytes, lopt.theta_files(path))))
+             .hexdigest() for path in settings.theta}
     data = [dataset.name, dataset.train.inputs.shape, dataset.mean, dataset.std]
     return dataclasses.asdict(settings) | {"theta": theta, "dataset": data}
 
@@ -926,10 +938,10 @@ def carry_out(plan: Plan, dataset: tasks.Dataset) -> None:
             if kind in rows:
                 write_csv(outputs[kind], rows[kind], COLUMNS[kind])
     wrote = [path for kind, path in outputs.items() if kind != "figure" or draw(plan, rows)]
-    shown = check_table(rows["check"]) if "check" in rows else table(rows["table"])
+    shown = check_table(rows["check"]) if "check" in rows else (
+        "losses in nats, the mean over the last twentieth of the steps\n\n" + table(rows["table"]))
     print(f"\n{settings.task} on {dataset.name}, batch size {settings.batch_size}, seed "
-          f"{settings.seed}; losses in nats, the mean over the last twentieth of the steps\n",
-          shown, "", "wrote " + ", ".join(map(str, wrote)), sep="\n", flush=True)
+          f"{settings.seed}\n\n{shown}\n\nwrote {', '.join(map(str, wrote))}", flush=True)
 
 
 def run(argv: Sequence[str] | None) -> int:

@@ -1231,8 +1231,7 @@ def load(path: str | os.PathLike) -> Learned:
 
     Raises ValueError, in one line that names the file, for what is no learned optimizer.
     """
-    path = pathlib.Path(path)
-    paths = sorted({*path.glob("*.safetensors"), *path.glob("*/*.safetensors")}) if path.is_dir() else [path]
+    path, paths = pathlib.Path(path), theta_files(path)
     if not 1 <= len(paths) <= 2:
         raise ValueError(f"{path}: has {len(paths)} .safetensors files, and should have VeLO_RNN's and VeLO_MLP's")
     contents = [_read_bounded(p, MAX_THETA_BYTES) for p in paths]
@@ -1246,6 +1245,12 @@ def load(path: str | os.PathLike) -> Learned:
     step_mult, parametrization = (0.001, mup.SP) if architecture == "velo" else (0.01, mup.MUP)
     return Learned({name: jnp.asarray(x) for name, x in theta.items()}, step_mult, 0.001, parametrization, architecture,
                    {"published": "; ".join(map(published, contents))})
+
+
+def theta_files(path: str | os.PathLike) -> list[pathlib.Path]:
+    """The files that `load` reads: the path itself, or what is there of a folder."""
+    path = pathlib.Path(path)
+    return sorted({*path.glob("*.safetensors"), *path.glob("*/*.safetensors")}) if path.is_dir() else [path]
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -167,10 +167,13 @@ def check(settings: Settings) -> None:
     for name in MULTIPLIERS:
         need(is_mup or getattr(settings, name) == 1, name, "SP has no multipliers")
     need(is_mup or settings.base_width == 0, "base_width", "SP has none")
-    need(settings.start == "random" or settings.hidden > 1, "start",
+    is_velo = settings.optimizer == "velo"
+    need(is_velo or settings.start == "random" or settings.hidden > 1, "start",
          "needs an MLP with two hidden units at least")
-    need(settings.optimizer == "velo" or settings.decay * settings.horizon < settings.min_length,
-         "decay", f"with --horizon {settings.horizon}, one update of the shortest run, --min-length "
+    need(not is_velo or not settings.horizon, "horizon", "VeLO has none: it knows the length")
+    # an update takes decay · √pace of the weights away, √pace = √(horizon / length): `lopt.pace_of`
+    need(settings.decay**2 * settings.horizon < settings.min_length, "decay",
+         f"with --horizon {settings.horizon}, one update of the shortest run, --min-length "
          f"{settings.min_length}, would take all weights away")
     need(settings.truncation <= settings.min_length, "truncation",
          f"longer than the shortest run, --min-length {settings.min_length}")
@@ -209,7 +212,8 @@ def first_learned(settings: Settings, first: lopt.Learned | None = None) -> lopt
     """The learned optimizer before the first meta-step, with a random θ or that of `first`.
 
     Raises ValueError where the networks, parametrization or scales of the updates of `first` are
-    not those of the settings: the same θ would then be another optimizer.
+    not those of the settings: the same θ would then be another optimizer. What is ours may change:
+    base_width, decay and horizon.
     """
     learned = without_theta(settings)
     if first is None:
@@ -376,7 +380,8 @@ def make_meta_step(settings: Settings, inner_tasks: Sequence[tasks.Task], mesh: 
         usable = nonfinite < gradient.size
         theta, adam = jax.tree.map(functools.partial(jnp.where, usable), (theta, adam),
                                    (state.theta, state.adam))
-        metrics = Metrics(meta_loss, lopt.global_norm(gradient), lopt.global_norm(updates),
+        moved = jnp.where(usable, lopt.global_norm(updates), 0.0)
+        metrics = Metrics(meta_loss, lopt.global_norm(gradient), moved,
                           schedule(state.adam.step), nonfinite)
         return MetaState(theta, adam, pairs, state.meta_step + 1), metrics
 
@@ -806,7 +811,7 @@ def make_mesh(pairs: int, devices: int | None) -> Mesh:
 
 
 def fingerprint(dataset: tasks.Dataset) -> str:
-    """A checksum of a training split's shape and first 64 MB: a run knows its data again by it."""
+    """A checksum of a training split's shape, first 2²⁶ numbers and labels: a run knows it again."""
     inputs, labels = dataset.train
     head = np.asarray(inputs[:max(1, (1 << 26) // max(1, inputs[0].size))])
     digest = hashlib.sha256(f"{inputs.shape} {inputs.dtype}".encode())
@@ -859,6 +864,8 @@ def report(losses: Losses, settings: Settings, steps: int) -> str:
     """
     def compared(width: int, rate: float) -> str:
         mine, other = losses[width][0], losses[width][1][rate]
+        if np.isinf([mine, other]).all():
+            return "θ diverges, like"
         if np.isinf([mine, other]).any():
             return f"θ {'diverges' if np.isinf(mine) else 'does not diverge'}, unlike"
         return f"θ ends {abs(mine - other):.3f} {'below' if mine < other else 'above'}"
@@ -875,8 +882,10 @@ def report(losses: Losses, settings: Settings, steps: int) -> str:
              f"{settings.dataset}; AdamW's learning rate is tuned among "
              f"{', '.join(f'{rate:g}' for rate in RATES)}"]
     lines += ["".join(f"{cell:>{n}}" for cell, n in zip(row, (8, 15, 22, 22, 10))) for row in table]
-    if wide > max(settings.widths):
-        lines.append(f"θ has never seen a network wider than {max(settings.widths)}.")
+    tasks_of_run = [settings, *(further_task(flags)[0] for flags in settings.also)]
+    widest = max(width for task in tasks_of_run for width in task.widths)
+    if wide > widest and not settings.first_theta:  # that one may have seen others
+        lines.append(f"θ has never seen a network wider than {widest}.")
     return "\n".join([
         *lines,
         f"At width {wide} {compared(wide, tuned[narrow])} AdamW as it was tuned at {narrow},",
@@ -962,6 +971,8 @@ def check_flags(flags: RunFlags) -> None:
             (flags.distributed and unit == "minutes",
              "--checkpoint-every in minutes does not go with --distributed: give meta-steps, at which "
              "all agree"),
+            (flags.distributed and flags.devices is not None,
+             "--devices does not go with --distributed, which uses all devices of all processes"),
             (given == len(who) and not 0 <= flags.process_id < flags.processes,
              f"--process-id {flags.process_id}: must be between 0 and --processes "
              f"{flags.processes} minus 1")]:
@@ -1028,7 +1039,8 @@ def where_to_begin(settings: Settings, given: dict[str, Any], folder: Folder | N
                    datasets: Sequence[tasks.Dataset]) -> tuple[Settings, lopt.Learned]:
     """What a run begins or goes on with, and its settings, which take θ's sizes from --first-theta.
 
-    Raises ValueError for a run that would go on with other training data.
+    Raises ValueError for a run that would go on with other training data, and for a --first-theta
+    that cannot be read or does not fit.
     """
     data = " ".join(map(fingerprint, datasets))
     if folder and folder.checkpoint:

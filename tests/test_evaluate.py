@@ -4,6 +4,7 @@ import csv
 import errno
 import functools
 import json
+import resource
 import sys
 import types
 
@@ -304,6 +305,8 @@ def test_missing_matplotlib_is_said_at_once(theta, tmp_path, monkeypatch, capsys
     (["--theta", "a.npz", "a.npz"], "--theta a.npz a.npz: one is given twice"),
     (["--baselines", "sgd"], "invalid choice: 'sgd'"),
     (["--baselines", "adamw", "adamw"], "--baselines adamw adamw: one is given twice"),
+    (["--baselines", "adamw", "--decay", "1e-3"], "--decay 0.001: there is no --theta"),
+    (["--baselines", "adamw", "--tune", "none", "--tune-theta", "input_mult"], "--tune none tunes nothing"),
     (["--baselines", "adamw", "--tune-theta", "input_mult"], "--tune-theta input_mult: there is no --theta in μP"),
     (["--baselines", "adamw", "--tune-theta", "input_mult", "input_mult"], "input_mult input_mult: one is given twice"),
     (["--sweep", "length"], "invalid choice: 'length'"),
@@ -358,8 +361,10 @@ def test_multipliers_of_theta_are_tuned_as_factors_of_its_own(theta):
         evaluate.prepare(argv)
 
 
-def test_a_tuned_theta_has_its_multiplier_in_the_table(theta, tmp_path):
-    flags = "--tune-theta input_mult --batch-size 8 --steps 2 --seeds 1 --widths 4 8 --depth 1"
+@pytest.mark.parametrize("how", ["transfer", "per-width"])
+def test_a_tuned_theta_has_its_multiplier_in_the_table(how, theta, tmp_path):
+    """The multiplier is that of the first width, and the table says so."""
+    flags = f"--tune-theta input_mult --tune {how} --batch-size 8 --steps 2 --seeds 1 --widths 4 8 --depth 1"
     assert command(*flags.split(), "--theta", theta, "--out", tmp_path / "out") == 0
     rows = read(tmp_path / "out" / "width.csv")
     assert len(rows) == 2 and {row["tuned"] for row in rows} == {"transfer"}
@@ -522,6 +527,26 @@ def test_of_two_at_once_the_second_is_refused(trained, tmp_path, capsys):
         assert "width.partial.jsonl: another process is writing there" in error and error.count("\n") == 1
         assert command(*argv, "--name", "other") == 0
     assert command(*argv) == 0
+
+
+def test_full_disk(trained, tmp_path, monkeypatch, capsys):
+    """A limit on the size of files stops the evaluation as a full disk does; the same command goes on."""
+    argv, limits = [*ONE, "--baselines", "adamw", "--out", tmp_path], resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def after_training(job, hyper, measure=evaluate.after_training):
+        size = (tmp_path / "width.partial.jsonl").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 3, limits[1]))
+        return measure(job, hyper)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "after_training", after_training)
+        try:
+            code = command(*argv)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert code == 2 and "width.partial.jsonl: cannot be written (File too large); free some space" in error
+    assert command(*argv) == 0 and len(read(tmp_path / "width.csv")) == 1
 
 
 def test_locks_are_not_needed(trained, tmp_path, monkeypatch, capsys):

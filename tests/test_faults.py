@@ -155,7 +155,9 @@ META = [
     *[(f"--checkpoint-every={value}", f"--checkpoint-every {value}")
       for value in ("0", "-3", "x", "1.5", "0m", "nanm", "infm", "m", "", "10s")],
     ("--truncation 200", "--truncation 200: longer than the shortest run"),
-    ("--decay 0.1 --horizon 1000", "--decay 0.1: with --horizon 1000, one update of the shortest run"),
+    ("--decay 0.4 --horizon 1000", "--decay 0.4: with --horizon 1000, one update of the shortest run"),
+    ("--optimizer velo --horizon 1000", "--horizon 1000: VeLO has none"),
+    ("--distributed --out new --devices 1", "--devices does not go with --distributed"),
     ("--min-length 3000", "--min-length 3000: longer than the longest run"),
     *each(("max-offset",), *NO_INTEGER, 0, -1, 101, HUGE), *each(("base-width",), *NO_INTEGER, -1, HUGE),
     ("--parametrization sp --base-width 8", "--base-width 8: SP has none"),

@@ -124,8 +124,10 @@ def test_velo_is_meta_trained_by_the_same_loop(dataset, tmp_path):
     for change, words in ((dict(bank=4), "--bank 3, not 4"), (dict(optimizer="small_fc_lopt"), "--optimizer velo, not")):
         with pytest.raises(ValueError, match=words):
             meta_train.first_learned(dataclasses.replace(settings, **change), again)
+    small = dataclasses.replace(SETTINGS, start="adam", hidden=1)
     with pytest.raises(ValueError, match="--start adam: needs an MLP with two"):
-        meta_train.check(dataclasses.replace(settings, start="adam", hidden=1))
+        meta_train.check(small)
+    meta_train.check(dataclasses.replace(small, optimizer="velo"))  # whose MLPs have sizes of their own
 
 
 def test_the_adam_start_is_adam_beside_a_small_rest():
@@ -191,11 +193,21 @@ LOSSES = {32: (1.52, dict(zip(meta_train.RATES, (1.9, 1.57, 1.5, 1.6)))),
     (LOSSES, (32, 1024), ["At width 512 θ ends 0.060 below"], ["never seen a network wider than 32"]),
     (LOSSES | {512: (float("inf"), LOSSES[512][1])}, (32,), ["At width 512 θ diverges, unlike AdamW"], []),
     (LOSSES | {512: (1.26, LOSSES[512][1] | {3e-3: float("inf")})}, (32,),
-     ["At width 512 θ does not diverge, unlike AdamW as it was tuned"], [])])
+     ["At width 512 θ does not diverge, unlike AdamW as it was tuned"], []),
+    (LOSSES | {512: (float("inf"), dict.fromkeys(LOSSES[512][1], float("inf")))}, (32,),
+     ["At width 512 θ diverges, like AdamW as it was tuned"], ["unlike"])])
 def test_the_report_says_what_was_found(losses, widths, said, not_said):
     """Below or above, whichever it is, and what diverges."""
     text = meta_train.report(losses, meta_train.Settings(widths=widths), 1000)
     assert all(words in text for words in said) and not any(words in text for words in not_said)
+
+
+def test_the_report_knows_the_widths_of_all_tasks():
+    """Those of --also, too; what a --first-theta has seen it does not know, and so says nothing."""
+    settings = meta_train.Settings(widths=(32,), also=("--widths 64",))
+    assert "never seen a network wider than 64" in meta_train.report(LOSSES, settings, 1000)
+    settings = meta_train.Settings(widths=(32,), first_theta="other.npz")
+    assert "never seen" not in meta_train.report(LOSSES, settings, 1000)
 
 
 def test_the_next_command_is_one_of_evaluate(tmp_path):

@@ -3,12 +3,14 @@
 import json
 import struct
 import tracemalloc
+import types
 
 import jax
 import numpy as np
 import pytest
 from conftest import GOLDEN_DIR
 
+import evaluate
 import lopt
 
 # ---------------------------------------------------------------------------------------------------------
@@ -137,6 +139,11 @@ def test_the_reference_theta_is_the_same_from_all_of_its_files(tmp_path, referen
         (tmp_path / "pair" / name).mkdir()
         (tmp_path / "pair" / name / "model.safetensors").write_bytes(part)
     assert_same(lopt.load(tmp_path / "pair").theta, reference)
+    assert lopt.theta_files(tmp_path / "pair") == [tmp_path / "pair" / name / "model.safetensors"
+                                                   for name in ("VeLO_MLP", "VeLO_RNN")]
+    plan = evaluate.prepare(["--theta", str(tmp_path / "pair")])
+    dataset = types.SimpleNamespace(name="none", train=types.SimpleNamespace(inputs=np.zeros(1)), mean=0, std=1)
+    assert len(evaluate.record(plan.settings, dataset)["theta"][str(tmp_path / "pair")]) == 64  # a checksum of both
     lopt.write_npz(tmp_path / "x.npz", reference)
     assert_same(lopt.read_npz(tmp_path / "x.npz", 1 << 20), reference)
 
