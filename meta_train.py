@@ -171,8 +171,8 @@ def check(settings: Settings) -> None:
     need(is_velo or settings.start == "random" or settings.hidden > 1, "start",
          "needs an MLP with two hidden units at least")
     need(not is_velo or not settings.horizon, "horizon", "VeLO has none: it knows the length")
-    # an update takes decay · √pace of the weights away, √pace = √(horizon / length): `lopt.pace_of`
-    need(settings.decay**2 * settings.horizon < settings.min_length, "decay",
+    pace = lopt.pace_of(without_theta(settings), settings.min_length)
+    need(settings.decay * pace**0.5 < 1, "decay",
          f"with --horizon {settings.horizon}, one update of the shortest run, --min-length "
          f"{settings.min_length}, would take all weights away")
     need(settings.truncation <= settings.min_length, "truncation",
@@ -864,10 +864,9 @@ def report(losses: Losses, settings: Settings, steps: int) -> str:
     """
     def compared(width: int, rate: float) -> str:
         mine, other = losses[width][0], losses[width][1][rate]
-        if np.isinf([mine, other]).all():
-            return "θ diverges, like"
         if np.isinf([mine, other]).any():
-            return f"θ {'diverges' if np.isinf(mine) else 'does not diverge'}, unlike"
+            return (f"θ {'diverges' if np.isinf(mine) else 'does not diverge'}, "
+                    f"{'like' if mine == other else 'unlike'}")
         return f"θ ends {abs(mine - other):.3f} {'below' if mine < other else 'above'}"
 
     narrow, wide = losses

@@ -6,9 +6,11 @@ XLA_FLAGS=--xla_cpu_use_fusion_emitters=true python -m pytest.
 """
 
 import concurrent.futures
+import contextlib
 import gc
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 
@@ -17,6 +19,16 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN_DIR = pathlib.Path(os.environ.get("GOLDEN_DIR", ROOT / "tests" / "golden"))
 sys.path.insert(0, str(ROOT))
+
+
+@contextlib.contextmanager
+def size_of_files_limited():
+    """Gives a function that limits the size of files from then on, which looks like a full disk, until the end."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def is_known(flag):

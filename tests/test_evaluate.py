@@ -4,7 +4,6 @@ import csv
 import errno
 import functools
 import json
-import resource
 import sys
 import types
 
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, side_by_side
+from conftest import ROOT, side_by_side, size_of_files_limited
 
 import evaluate
 import lopt
@@ -531,19 +530,14 @@ def test_of_two_at_once_the_second_is_refused(trained, tmp_path, capsys):
 
 def test_full_disk(trained, tmp_path, monkeypatch, capsys):
     """A limit on the size of files stops the evaluation as a full disk does; the same command goes on."""
-    argv, limits = [*ONE, "--baselines", "adamw", "--out", tmp_path], resource.getrlimit(resource.RLIMIT_FSIZE)
+    argv = [*ONE, "--baselines", "adamw", "--out", tmp_path]
+    with monkeypatch.context() as patch, size_of_files_limited() as limit:
+        def after_training(job, hyper, measure=evaluate.after_training):
+            limit((tmp_path / "width.partial.jsonl").stat().st_size + 3)
+            return measure(job, hyper)
 
-    def after_training(job, hyper, measure=evaluate.after_training):
-        size = (tmp_path / "width.partial.jsonl").stat().st_size
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 3, limits[1]))
-        return measure(job, hyper)
-
-    with monkeypatch.context() as patch:
         patch.setattr(evaluate, "after_training", after_training)
-        try:
-            code = command(*argv)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        code = command(*argv)
     error = capsys.readouterr().err.splitlines()[-1]
     assert code == 2 and "width.partial.jsonl: cannot be written (File too large); free some space" in error
     assert command(*argv) == 0 and len(read(tmp_path / "width.csv")) == 1

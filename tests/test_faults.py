@@ -13,7 +13,6 @@ import importlib.util
 import io
 import json
 import pathlib
-import resource
 import shlex
 import shutil
 import signal
@@ -23,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, size_of_files_limited
 from jax.sharding import Mesh
 
 import es
@@ -371,14 +370,10 @@ def at_checkpoint(monkeypatch, step, action):
 @pytest.mark.parametrize("full", ["checkpoint", "metrics.csv"])
 def test_full_disk(full, finished, tmp_path, monkeypatch, capsys):
     """A limit on the size of files stops the run as a full disk does; what was saved before is whole."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     size = lambda out: 20_000 if full == "checkpoint" else out.metrics_path.stat().st_size + 3
-    with monkeypatch.context() as patch:
-        at_checkpoint(patch, EVERY, lambda out: resource.setrlimit(resource.RLIMIT_FSIZE, (size(out), limits[1])))
-        try:
-            code = command(*TINY, "--meta-steps", STEPS, "--out", tmp_path / "out")
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with monkeypatch.context() as patch, size_of_files_limited() as limit:
+        at_checkpoint(patch, EVERY, lambda out: limit(size(out)))
+        code = command(*TINY, "--meta-steps", STEPS, "--out", tmp_path / "out")
     error = capsys.readouterr().err.splitlines()[-1]
     assert code == 2 and "cannot be written (File too large)" in error and "free some space" in error
     assert f"{tmp_path}/out/{full}" in error
