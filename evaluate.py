@@ -86,7 +86,8 @@ class Contender(NamedTuple):
 
     start: where tuning begins. factors: {field of `Hyper`: ratio of neighbours on its grid}, in
     tuning order; those of a learned optimizer are multipliers, as factors of its own. cosine:
-    whether Adam's learning rate falls to 0 by a cosine over the planned steps.
+    whether Adam's learning rate falls to 0 by a cosine over the planned steps. cooldown: the share
+    of a run over whose end the updates of a learned optimizer fall to 0.
     """
     name: str
     parametrization: mup.Parametrization
@@ -94,6 +95,7 @@ class Contender(NamedTuple):
     start: Hyper = Hyper()
     factors: dict[str, float] = {}
     cosine: bool = False
+    cooldown: float = 0.0
 
     def on(self, task_in: TaskIn, hyper: Hyper) -> tuple[tasks.Task, MakeOptimizer]:
         """The task in the contender's parametrization, and the contender's optimizer there."""
@@ -101,7 +103,8 @@ class Contender(NamedTuple):
             own = self.parametrization
             task = task_in(own._replace(**{field: getattr(own, field) * getattr(hyper, field)
                                            for field in self.factors}))
-            return task, functools.partial(tasks.optimizer_for, task, self.learned)
+            return task, lambda num_steps: lopt.with_cooldown(
+                tasks.optimizer_for(task, self.learned, num_steps), num_steps, self.cooldown)
         learning_rate, weight_decay, *multipliers = hyper
         task = task_in(mup.Parametrization(self.parametrization.name, *multipliers))
 
@@ -127,11 +130,12 @@ BASELINES = {contender.name: contender for contender in (
 
 
 def load_contenders(paths: Sequence[str], baselines: Sequence[str],
-                    decay: float | None = None, tuned: Sequence[str] = ()) -> list[Contender]:
+                    decay: float | None = None, cooldown: float = 0.0,
+                    tuned: Sequence[str] = ()) -> list[Contender]:
     """The θ of these files, named by file (by the path, where names repeat), then the baselines.
 
-    decay: of all θ, in place of their own. tuned: the multipliers to be tuned of θ in μP. Raises
-    ValueError where either is given and there is no such θ.
+    decay: of all θ, in place of their own. cooldown: of all θ. tuned: the multipliers to be tuned of
+    θ in μP. Raises ValueError where any is given and there is no such θ.
     """
     stems, contenders = [pathlib.Path(path).stem for path in paths], []
     for path, stem in zip(paths, stems):
@@ -142,9 +146,11 @@ def load_contenders(paths: Sequence[str], baselines: Sequence[str],
             learned = learned._replace(decay=decay)
         name = stem if stems.count(stem) == 1 else path.removesuffix(".npz")
         factors = dict.fromkeys(tuned if learned.parametrization.name == "mup" else (), 2.0)
-        contenders.append(Contender(name, learned.parametrization, learned, factors=factors))
-    if decay is not None and not paths:
-        raise ValueError(f"--decay {decay:g}: there is no --theta whose decay it would be")
+        contenders.append(Contender(name, learned.parametrization, learned, factors=factors,
+                                    cooldown=cooldown))
+    for flag, value in (("--decay", decay), ("--cooldown", cooldown or None)):
+        if value is not None and not paths:
+            raise ValueError(f"{flag} {value:g}: there is no --theta that it would be for")
     if tuned and not any(contender.factors for contender in contenders):
         raise ValueError(f"--tune-theta {' '.join(tuned)}: there is no --theta in μP to be tuned")
     return contenders + [BASELINES[name] for name in baselines]
@@ -255,6 +261,8 @@ class Settings(tasks.TaskSettings):
                                          "to 0; muadam: Adam in μP", choices=tuple(BASELINES))
     decay: float | None = setting(None, "share of the weights that each update of a θ takes away, "
                                   "in place of the θ's own", low=0, below=1, metavar="λ")
+    cooldown: float = setting(0.0, "share of each run over whose end the updates of a θ fall to 0",
+                              low=0, high=1, metavar="SHARE")
     tune_theta: tuple[str, ...] = setting((), "multipliers to be tuned of each θ in μP, too, at the "
                                           "first width, depth and length: factors of its own",
                                           choices=("input_mult", "output_mult", "hidden_lr_mult"))
@@ -822,7 +830,7 @@ def prepare(argv: Sequence[str] | None) -> Plan:
     endings |= {"figure": ".png"} if output.plot else {}
     folder = pathlib.Path(output.out or "runs/evaluate")
     return Plan(settings, load_contenders(settings.theta, settings.baselines, settings.decay,
-                                          settings.tune_theta),
+                                          settings.cooldown, settings.tune_theta),
                 {kind: folder / (name + ending) for kind, ending in endings.items()},
                 folder / f"{name}.partial.jsonl", bool(args.download))
 

@@ -367,6 +367,27 @@ def learned_optimizer(learned: Learned, update_multipliers: Tree = 1.0, gradient
     return Optimizer(init, sharded(update))
 
 
+def with_cooldown(optimizer: Optimizer, num_steps: int | Array, cooldown: float) -> Optimizer:
+    """Ours: an optimizer whose updates, over the last share `cooldown` of a run of num_steps, fall to 0 in a line.
+
+    The update after t others is multiplied by min(1, (1 − t/num_steps) / cooldown), its decay included; with a cooldown
+    of 0 it stays as it is. num_steps is a number or traced. The optimizer is any whose state counts its updates in
+    `step`, as all in this file do. Raises ValueError for a cooldown outside [0, 1] and for num_steps below 1.
+    """
+    check_num_steps(num_steps)
+    if not 0 <= cooldown <= 1:
+        raise ValueError(f"cooldown is {cooldown}, but must be a share of the run, from 0 to 1")
+    if not cooldown:
+        return optimizer
+
+    def update(grads: Tree, state: Any, params: Tree, *, value: Array | None = None) -> tuple[Tree, Any]:
+        updates, after = optimizer.update(grads, state, params, value=value)
+        factor = jnp.clip((1.0 - state.step / num_steps) / cooldown, 0.0, 1.0)
+        return jax.tree.map(lambda u: (factor * u).astype(u.dtype), updates), after
+
+    return Optimizer(optimizer.init, update)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # VeLO: what its LSTM reads
 

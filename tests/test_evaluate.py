@@ -305,6 +305,8 @@ def test_missing_matplotlib_is_said_at_once(theta, tmp_path, monkeypatch, capsys
     (["--baselines", "sgd"], "invalid choice: 'sgd'"),
     (["--baselines", "adamw", "adamw"], "--baselines adamw adamw: one is given twice"),
     (["--baselines", "adamw", "--decay", "1e-3"], "--decay 0.001: there is no --theta"),
+    (["--baselines", "adamw", "--cooldown", "0.3"], "--cooldown 0.3: there is no --theta"),
+    (["--baselines", "adamw", "--cooldown", "1.5"], "--cooldown 1.5: must be between 0 and 1"),
     (["--baselines", "adamw", "--tune", "none", "--tune-theta", "input_mult"], "--tune none tunes nothing"),
     (["--baselines", "adamw", "--tune-theta", "input_mult"], "--tune-theta input_mult: there is no --theta in μP"),
     (["--baselines", "adamw", "--tune-theta", "input_mult", "input_mult"], "input_mult input_mult: one is given twice"),
@@ -343,6 +345,22 @@ def test_a_decay_takes_the_place_of_each_theta_s_own(theta):
         assert mine.learned.decay == expected and adamw == evaluate.BASELINES["adamw"]
     with pytest.raises(ValueError, match="--decay"):
         evaluate.prepare([*flags, width, "--decay", "1"])
+
+
+def test_a_cooldown_is_that_of_each_theta_alone(theta, dataset):
+    """Losses are the same until updates become smaller: the first to differ comes after the first smaller one."""
+    plain, _ = evaluate.prepare(["--theta", theta, "--baselines", "adamw"]).contenders
+    cooled, adamw = evaluate.prepare(["--theta", theta, "--baselines", "adamw", "--cooldown", "0.5"]).contenders
+    assert adamw == evaluate.BASELINES["adamw"]
+    task_in = functools.partial(tasks.task_of, tasks.TaskSettings(batch_size=8), dataset, 8, 1)
+    keys = evaluate.seed_keys(jax.random.key(0), 1)
+
+    def losses(contender):
+        return np.asarray(evaluate.compiled(contender, task_in, 8, 1)[0](contender.start, keys, dataset.train)[1])
+
+    before, after = side_by_side(losses, (plain, cooled))
+    np.testing.assert_allclose(before[:, :6], after[:, :6], rtol=1e-6)  # updates 0 to 4 are whole
+    assert np.all(before[:, 6:] != after[:, 6:])
 
 
 def test_multipliers_of_theta_are_tuned_as_factors_of_its_own(theta):

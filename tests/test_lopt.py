@@ -893,7 +893,7 @@ def test_a_scan_of_updates_on_a_mesh(axis_type):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Ours: decay, and a time that is told the planned number of steps
+# Ours: decay, a time that is told the planned number of steps, and a cooldown
 
 
 def test_decay_takes_the_same_share_of_the_params_at_any_width_and_learning_rate():
@@ -934,3 +934,24 @@ def test_with_a_horizon_a_longer_run_goes_at_a_slower_pace():
     assert not np.allclose(update_at(40, learned, None), expected, rtol=1e-3)
     with pytest.raises(ValueError, match="num_steps is 0, but at least one"):
         lopt.learned_optimizer(learned, num_steps=0)
+
+
+def test_with_a_cooldown_updates_fall_to_zero_in_a_line():
+    """Over the last 0.4 of 10 steps: the update after 6 is whole, after 8 a half, after 10 none; the state is the same."""
+    params = {"w": jnp.linspace(-1.0, 1.0, 24).reshape(4, 6), "b": jnp.ones(3, jnp.bfloat16)}
+    for plain in (lopt.learned_optimizer(lopt.Learned(lopt.init_theta(jax.random.key(3)), 0.01, decay=0.2)),
+                  lopt.adamw(0.1, weight_decay=0.3)):
+        cooled = lopt.with_cooldown(plain, 10, 0.4)
+        assert lopt.with_cooldown(plain, 10, 0.0) is plain
+        for t, factor in (0, 1.0), (6, 1.0), (8, 0.5), (9, 0.25), (10, 0.0), (11, 0.0):
+            state = plain.init(params)._replace(step=jnp.int32(t))
+            updates, after = plain.update(params, state, params)
+            fewer, same = cooled.update(params, state, params)
+            jax.tree.map(np.testing.assert_array_equal, same, after)
+            np.testing.assert_allclose(fewer["w"], factor * updates["w"], rtol=1e-5)
+            assert fewer["b"].dtype == jnp.bfloat16 and np.any(updates["w"])
+            traced = jax.jit(lambda n: lopt.with_cooldown(plain, n, 0.4).update(params, state, params)[0])(10)
+            np.testing.assert_allclose(traced["w"], fewer["w"], rtol=1e-5)
+    for num_steps, cooldown in (10, 1.5), (10, -0.1), (10, float("nan")), (0, 0.3):
+        with pytest.raises(ValueError, match="cooldown is|num_steps is 0"):
+            lopt.with_cooldown(plain, num_steps, cooldown)
