@@ -712,13 +712,17 @@ OTHER_TASKS = f"--theta {BASE_WIDTH} {BOTH} --tune per-width --tune-seeds 1 --se
 TUNED = (f"--theta {BASE_WIDTH} --tune-theta input_mult output_mult hidden_lr_mult --tune-seeds 4 "
          "--seeds 2")
 THREE_WIDTHS = "--widths 32 128 512"
-# horizon and decay, ours
-PLANNED = ("--sweep horizon --theta {results}/mulo_m_long.npz {results}/lo_m_long.npz --baselines "
-           f"adamw_decay adamw_cosine {CIFAR} --tune per-width --tune-seeds 2 --seeds 5 "
-           "--lengths 1000 3000 10000 25000")
+# horizon, decay and cooldown, ours
+COOLED = "--cooldown 0.3 --baselines adamw_cosine --tune per-width"
+PLANNED = ("--sweep horizon --theta {results}/mulo_m_long.npz {results}/lo_m_long.npz --seeds 5 "
+           f"--lengths 1000 3000 10000 25000 {CIFAR}")
+PLANNED_COOLED = (f"{PLANNED} --cooldown 0.3 --baselines adamw_decay adamw_cosine --tune per-width "
+                  "--tune-seeds 2")
 EXPERIMENTS = {
     "width": f"--sweep width {THREE} --baselines adamw {CIFAR} --tune both --tune-seeds 2 "
              "--seeds 5 --widths 32 64 128 256 512 1024 2048 4096",
+    "width-cooldown": f"--sweep width {THREE} {COOLED} {CIFAR} --tune-seeds 2 --seeds 5 "
+                      "--widths 32 64 128 256 512 1024 2048 4096",
     "width-others": f"--sweep width {PAIR_S} {{results}}/mulo_m_long.npz --baselines muadam "
                     f"{CIFAR} --tune both --tune-seeds 2 --seeds 5 {THREE_WIDTHS}",
     "width-seeds": f"--sweep width {BOTH_MULO_M} --baselines adamw {CIFAR} --tune per-width "
@@ -738,10 +742,11 @@ EXPERIMENTS = {
                     "--tune-seeds 1 --seeds 2 --widths 32 128",
     "horizon-1024-on-64": f"--sweep horizon {PAIR_1024} {{results}}/mulo_s.npz {CIFAR} --seeds 5 "
                           "--widths 128",
-    "horizon-planned": f"{PLANNED} --widths 128",
-    "horizon-512": f"{PLANNED} --widths 512",
-    "horizon-decay": f"--sweep horizon --theta {{results}}/mulo_m_long.npz --decay 2.5e-3 {CIFAR} "
-                     "--seeds 5 --widths 128 512 --lengths 10000 25000",
+    "horizon-planned": f"{PLANNED_COOLED} --widths 128",
+    "horizon-512": f"{PLANNED_COOLED} --widths 512",
+    "horizon-no-cooldown": f"{PLANNED} --widths 128 512",
+    "horizon-decay": "--sweep horizon --theta {results}/mulo_m_long.npz --decay 1.5e-3 --cooldown 0.3 "
+                     f"{CIFAR} --seeds 5 --widths 128 512 --lengths 3000 10000 25000",
     "pre-activations": f"--sweep coordinate-check {THREE} {CIFAR} --steps 500 --seeds 2 "
                        f"{THREE_WIDTHS}",
     "coordinate-check": f"--sweep coordinate-check {PAIR_S} {{results}}/mulo_m.npz "
@@ -751,6 +756,10 @@ EXPERIMENTS = {
     "lm": f"--sweep width {LM} {OTHER_TASKS} {THREE_WIDTHS}",
     "vit-tuned": f"--sweep width {VIT} {TUNED} {THREE_WIDTHS}",
     "lm-tuned": f"--sweep width {LM} {TUNED} {THREE_WIDTHS}",
+    "vit-cooldown": f"--sweep width {VIT} --theta {BASE_WIDTH} {COOLED} --tune-seeds 1 --seeds 2 "
+                    f"{THREE_WIDTHS}",
+    "lm-cooldown": f"--sweep width {LM} --theta {BASE_WIDTH} {COOLED} --tune-seeds 1 --seeds 2 "
+                   f"{THREE_WIDTHS}",
     "velo": f"--sweep width {VELO} {{results}}/mulo_laptop.npz --baselines adamw --tune per-width "
             f"--seeds 2 {THREE_WIDTHS}",
     "velo-coordinate-check": f"--sweep coordinate-check {VELO} --steps 20 --seeds 2 "
