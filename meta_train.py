@@ -374,16 +374,14 @@ def make_meta_step(settings: Settings, inner_tasks: Sequence[tasks.Task], mesh: 
         # The meta-optimizer: AdamW, whose update is clipped
         updates, adam = adamw.update(gradient, state.adam, state.theta)
         updates = lopt.clip_by_global_norm(updates, 1.0)
-        theta = state.theta + updates
 
         # A meta-gradient without any finite entry changes nothing
         usable = nonfinite < gradient.size
-        theta, adam = jax.tree.map(functools.partial(jnp.where, usable), (theta, adam),
-                                   (state.theta, state.adam))
-        moved = jnp.where(usable, lopt.global_norm(updates), 0.0)
-        metrics = Metrics(meta_loss, lopt.global_norm(gradient), moved,
+        updates, adam = jax.tree.map(functools.partial(jnp.where, usable), (updates, adam),
+                                     (jnp.zeros_like(updates), state.adam))
+        metrics = Metrics(meta_loss, lopt.global_norm(gradient), lopt.global_norm(updates),
                           schedule(state.adam.step), nonfinite)
-        return MetaState(theta, adam, pairs, state.meta_step + 1), metrics
+        return MetaState(state.theta + updates, adam, pairs, state.meta_step + 1), metrics
 
     copies = NamedSharding(mesh, PartitionSpec())
     by_pair = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
