@@ -1,4 +1,4 @@
-"""Optimizers: the small MLP learned optimizer, AdamW, and learned optimizers on disk.
+"""Optimizers: learned ones (small_fc_lopt, VeLO), AdamW, and learned optimizers on disk.
 
     python lopt.py                          the features of one weight matrix, and the update that they give (10 s)
     python lopt.py convert IN OUT.npz       makes a file of ours of weights that others published (VeLO, μLO)
@@ -25,7 +25,6 @@ bank.
 """
 
 import collections
-import contextlib
 import errno
 import functools
 import hashlib
@@ -60,7 +59,8 @@ TIMESCALES = (1, 3, 10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5)
 class Optimizer(NamedTuple):
     """init(params) → state; update(grads, state, params, *, value=None) → (updates, state); then params + updates.
 
-    value: the training loss before the update, optax's name for it. Optimizers that do not need it ignore it.
+    value: the training loss before the update, optax's name for it. Optimizers that do not need it ignore it. For use
+    within optax's own combinators it takes `optax.GradientTransformationExtraArgs(*optimizer)`: else they drop value.
     """
     init: Callable[[Tree], Any]
     update: Callable[..., tuple[Tree, Any]]
@@ -207,7 +207,9 @@ class Feature(NamedTuple):
 def features(tensor: Statistics) -> list[Feature]:
     """small_fc_lopt's features, in its order.
 
-    To change the learned optimizer, add, change or drop a line: all else follows from this list.
+    To change the learned optimizer, add, change or drop a line: all else follows from this list. A feature of each
+    weight is made of that weight's own entries, since the fast paths take a few weights at a time: what is taken over
+    the tensor, such as a mean, belongs in `Statistics`, as κ does, or has length 1 along all axes.
     """
     g, p, m, v, r, c, rho, kappa, t = tensor
     if rho is None:  # fewer than two axes
@@ -224,6 +226,7 @@ def features(tensor: Statistics) -> list[Feature]:
         Feature("v", v[None]),                                                 # 5
         Feature("m rsqrt(v+1e-6)", m * rsqrt_v),                               # 6–8
         Feature("rsqrt(v+1e-6)", rsqrt_v[None]),                               # 9
+        # Apart, since XLA makes one slow loop of several rows.
         *[Feature("g ρκ", g * x) for x in jnp.split(g_scale, len(g_scale))],   # 10–12
         Feature("r", r),                                                       # 13–15
         Feature("c", c),                                                       # 16–18
@@ -327,11 +330,12 @@ def learned_optimizer(learned: Learned, update_multipliers: Tree = 1.0, gradient
     """A learned optimizer as an optax-style pair, for any pytree of params.
 
     update_multipliers: μP's multipliers of the updates (`mup.update_multipliers`): a tree like the params, or a prefix
-    of one, or one number. gradient_multiplier: multiplies all gradients, before anything else
+    of one, or one number. gradient_multiplier: multiplies all gradients, before they are averaged
     (`mup.gradient_multiplier`). num_steps: the planned number of updates, a number or traced: VeLO needs it,
     small_fc_lopt uses it where `learned.horizon` says so.
 
-    The averages are float32 and so is all arithmetic (float64 for params of float64); updates have the params' types.
+    Entries of a gradient that are not finite count as 0. The averages are float32 and so is all arithmetic (float64 for
+    params of float64); updates have the params' types.
     State and updates are sharded as the params are. Raises ValueError for a θ that does not fit its architecture, for
     num_steps below 1 where they are used, for complex params, and for params without a multiplier.
     """
@@ -365,27 +369,6 @@ def learned_optimizer(learned: Learned, update_multipliers: Tree = 1.0, gradient
         return treedef.unflatten(updates), LearnedOptimizerState(state.step + 1, tuple(a for _, a in moved))
 
     return Optimizer(init, sharded(update))
-
-
-def with_cooldown(optimizer: Optimizer, num_steps: int | Array, cooldown: float) -> Optimizer:
-    """Ours: an optimizer whose updates, over the last share `cooldown` of a run of num_steps, fall to 0 in a line.
-
-    The update after t others is multiplied by min(1, (1 − t/num_steps) / cooldown), its decay included; with a cooldown
-    of 0 it stays as it is. num_steps is a number or traced. The optimizer is any whose state counts its updates in
-    `step`, as all in this file do. Raises ValueError for a cooldown outside [0, 1] and for num_steps below 1.
-    """
-    check_num_steps(num_steps)
-    if not 0 <= cooldown <= 1:
-        raise ValueError(f"cooldown is {cooldown}, but must be a share of the run, from 0 to 1")
-    if not cooldown:
-        return optimizer
-
-    def update(grads: Tree, state: Any, params: Tree, *, value: Array | None = None) -> tuple[Tree, Any]:
-        updates, after = optimizer.update(grads, state, params, value=value)
-        factor = jnp.clip((1.0 - state.step / num_steps) / cooldown, 0.0, 1.0)
-        return jax.tree.map(lambda u: (factor * u).astype(u.dtype), updates), after
-
-    return Optimizer(optimizer.init, update)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -489,7 +472,7 @@ def mix_bank(theta: dict[str, Array], controls: Array) -> dict[str, Array]:
 
 
 def element_inputs(tensor: Statistics) -> list[Feature]:
-    """What the MLP reads of each weight: 30 features in 14 blocks."""
+    """What the MLP reads of each weight: 30 features in 14 blocks, numbered as in θ's w0__0 … w0__13."""
     g, p, m, v, r, c, rho, kappa, _ = tensor
     if rho is None:  # fewer than two axes
         g_scale, m_scale = rsqrt_plus(r + 1e-9), lax.rsqrt(r)
@@ -531,8 +514,9 @@ def velo(learned: Learned, update_multipliers: Tree = 1.0, gradient_multiplier: 
     update = lr_mult · √(mean p² + 1e-9) · step_mult · d · exp(exp_mult · s): lr_mult and the MLP are the tensor's own,
     by the LSTM; d and s are the weight's, by that MLP, whose third output is not used.
 
-    num_steps: the planned number of updates, a number or traced; VeLO's step sizes depend on it. All else is as in
-    `learned_optimizer`. With μP's update multipliers this is μVeLO.
+    num_steps: the planned number of updates, a number or traced; VeLO's step sizes depend on it. Gradients are cut to
+    ±1000, where a NaN stays one, as in the original. All else is as in `learned_optimizer`. With μP's update multipliers
+    this is μVeLO.
 
     Raises ValueError when num_steps is missing or below 1, for a θ that is not VeLO's, and in `update` when `value`
     is missing.
@@ -694,6 +678,32 @@ def clip_by_global_norm(tree: Tree, limit: float) -> Tree:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Beyond the paper: ours
+
+
+def with_cooldown(optimizer: Optimizer, num_steps: int | Array, cooldown: float) -> Optimizer:
+    """An optimizer whose updates fall linearly to 0 over the last share `cooldown` of a run of num_steps.
+
+    The update after t others is multiplied by (num_steps − t) / (cooldown · num_steps), cut to [0, 1], its decay
+    included: after num_steps nothing moves any more. A cooldown of 0 changes nothing. num_steps is a number or traced.
+    The optimizer is any whose state counts its updates in `step`, as all in this file do. Raises ValueError for a
+    cooldown outside [0, 1] and for num_steps below 1.
+    """
+    check_num_steps(num_steps)
+    if not 0 <= cooldown <= 1:
+        raise ValueError(f"cooldown is {cooldown}, but must be a share of the run, from 0 to 1")
+    if not cooldown:
+        return optimizer
+
+    def update(grads: Tree, state: Any, params: Tree, *, value: Array | None = None) -> tuple[Tree, Any]:
+        updates, after = optimizer.update(grads, state, params, value=value)
+        factor = jnp.clip((num_steps - state.step) / (cooldown * num_steps), 0.0, 1.0)
+        return jax.tree.map(lambda u: (factor * u).astype(u.dtype), updates), after
+
+    return Optimizer(optimizer.init, update)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Params of any tree, type, shape and mesh
 
 
@@ -710,7 +720,7 @@ def working_type(p: Array) -> jnp.dtype:
 
 
 def as_type_of(p: Array, update: Array) -> Array:
-    """An update in the type of its params; that of integers stays as it is, and `apply_updates` rounds their sum."""
+    """An update in the type of its params; that of integers stays as it is, and `apply_updates` cuts their sum."""
     dtype = jnp.asarray(p).dtype
     return update.astype(dtype) if jnp.issubdtype(dtype, jnp.floating) else update
 
@@ -764,15 +774,16 @@ def sharded(update: Callable) -> Callable:
 
         automatic = jax.sharding.auto_axes(lambda *args: update(*args[:3], value=args[3]),
                                            out_sharding=jax.tree.map(layout, (params, state)))
-        traced = isinstance(there[0], jax.core.Tracer)  # then the mesh is known; else JAX must be told
-        with contextlib.nullcontext() if traced else jax.set_mesh(there[0].sharding.mesh):
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((grads, state, params, value)))
+        with (jax.sharding.use_abstract_mesh(jax.typeof(there[0]).sharding.mesh) if traced
+              else jax.set_mesh(there[0].sharding.mesh)):
             return automatic(grads, state, params, value)
 
     return on_mesh
 
 
 def multiplier_of_each(multipliers: Tree, params: Tree) -> list[float | Array]:
-    """The multiplier of each leaf of the params, from a tree like theirs or a prefix of it; one number is of all.
+    """The multiplier of each leaf of the params, from a tree like theirs or a prefix of it; one number is that of all.
 
     What it says of params that are not there, such as those that optax.masked leaves out, does not matter.
     Raises ValueError for params that it does not reach.
@@ -817,8 +828,11 @@ def check_shapes(shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[i
 
 
 def fast_update(features_of: Callable[[Statistics], list[Feature]], learned: Learned, tensor: Statistics) -> Array:
-    """`plain_update`, by the fastest way that there is where JAX computes: on a GPU in one kernel, if Triton is there,
-    which JAX means to drop, and the tensor has more than one weight, for which even the time would be of every weight."""
+    """`plain_update`, by the fastest way: in one kernel where JAX's default backend is a GPU, else in chunks.
+
+    The kernel needs Pallas' Triton, which JAX means to drop, and a tensor of more than one weight: in one of a single
+    weight even the time counts as a feature of every weight.
+    """
     fits = (jax.default_backend() == "gpu" and importlib.util.find_spec("jax.experimental.pallas.triton") is not None
             and tensor.g.size > 1 and tensor.g.dtype == jnp.float32 and is_made_by_decays(features_of))
     return (in_one_kernel if fits else in_chunks)(features_of, learned, tensor)
@@ -830,7 +844,7 @@ CHUNK = {"cpu": 2048, "gpu": 2**18, "tpu": 2**16}
 
 
 def in_chunks(features_of: Callable[[Statistics], list[Feature]], learned: Learned, tensor: Statistics) -> Array:
-    """`plain_update`, several times as fast and with little memory, for any list of features and any MLP.
+    """`plain_update`, several times as fast and with little memory, for any such list of features and any MLP.
 
     Two identities save most of the first layer. Features that vary along some axes only are multiplied by their rows of
     w0 where they vary, and added by broadcasting: 16 of 39 inputs remain for each weight. And dividing by the root mean
@@ -840,7 +854,7 @@ def in_chunks(features_of: Callable[[Statistics], list[Feature]], learned: Learn
     time: that costs less than to write them to memory and to read them back.
 
     Dimensions: A and B the tensor's two largest axes in the order in which they stand, O all others, before them; a
-    tensor with fewer than two axes is [A, 1].
+    tensor with fewer than two axes is [A, 1]. K features of every weight, a rows of a chunk.
     """
     shape = tensor.g.shape
     tensor = jax.tree.map(lambda x: _as_oab(x, shape), tensor._replace(t=None))._replace(t=tensor.t)
@@ -1025,7 +1039,8 @@ def _by_decays(features_of: Callable[[Statistics], list[Feature]], blocks: list[
 
     decays = [by_name(features_of(at_decay(i))) for i in range(len(MOMENTUM_BETAS))]
     count = collections.Counter(f.name for f in blocks for _ in range(len(f.values)))
-    ordered = {name: iter(decays[0][name] if n == len(decays[0][name]) else [x for found in decays for x in found[name]])
+    ordered = {name: iter(decays[0][name] if n == len(decays[0][name]) else
+                          [x for found in decays for x in found[name]])
                for name, n in count.items()}
     return [[next(ordered[f.name]) for _ in range(len(f.values))] for f in blocks]
 
@@ -1039,14 +1054,17 @@ def is_made_by_decays(features_of: Callable[[Statistics], list[Feature]]) -> boo
     with jax.ensure_compile_time_eval():
         g, p, v, *rest = jax.random.uniform(jax.random.key(0), (18, 2, 3), minval=0.5)
         m, r, c, rho, kappa = jnp.reshape(jnp.stack(rest), (5, 3, 2, 3))
-        tensor = Statistics(g, p, m, v, r, c, rho, kappa, jnp.float32(5.0))
-        blocks = features_of(tensor)
-        try:
-            made = _by_decays(features_of, blocks, lambda i: Statistics(*(
-                x[i:i + 1] if jnp.ndim(x) == 3 else x for x in tensor)))
-        except (TypeError, ValueError, IndexError, StopIteration):
-            return False
-        return all(np.allclose(f.values, jnp.stack(rows), 1e-5) for f, rows in zip(blocks, made))
+        factored = Statistics(g, p, m, v, r, c, rho, kappa, jnp.float32(5.0))
+        for tensor in (factored, factored._replace(c=r, rho=None, kappa=None)):  # of two axes, and of fewer
+            blocks = features_of(tensor)
+            try:
+                made = _by_decays(features_of, blocks, lambda i: jax.tree.map(
+                    lambda x: x[i:i + 1] if x.ndim == 3 else x, tensor))
+            except (TypeError, ValueError, IndexError, StopIteration):
+                return False
+            if not all(np.allclose(f.values, jnp.stack(rows), 1e-5) for f, rows in zip(blocks, made)):
+                return False
+        return True
 
 
 def _loop(n: int, body: Callable, start: Array) -> Array:
@@ -1257,7 +1275,7 @@ def load(path: str | os.PathLike) -> Learned:
         raise ValueError(f"{path}: has {len(paths)} .safetensors files, and should have VeLO_RNN's and VeLO_MLP's")
     contents = [_read_bounded(p, MAX_THETA_BYTES) for p in paths]
     if not is_published_layout(contents[0]):
-        return _load_npz(path)
+        return _load_npz(paths[0])
     try:
         architecture, theta = published_theta(contents)
     except ValueError as error:

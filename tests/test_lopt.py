@@ -330,6 +330,8 @@ def test_only_lists_that_mix_no_decays_go_into_the_kernel(feature, goes):
     """Those that do take the path in chunks on GPUs, too."""
     assert lopt.is_made_by_decays(lopt.features) and lopt.is_made_by_decays(lopt.element_inputs)
     assert lopt.is_made_by_decays(lambda s: [*lopt.features(s), lopt.Feature("new", feature(s))]) == goes
+    for_vectors = lambda s: s.g[None] if s.rho is not None else feature(s)
+    assert lopt.is_made_by_decays(lambda s: [*lopt.features(s), lopt.Feature("new", for_vectors(s))]) == goes
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -874,6 +876,17 @@ def test_state_and_updates_are_sharded_like_the_params(name, compiled, axis_type
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_params_on_a_mesh_may_be_closed_over(axis_type):
+    """A compiled function that takes the gradients and the state alone."""
+    optimizer, w = lopt.adamw(1e-2), jnp.arange(48.0).reshape(8, 6)
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(axis_type,), devices=jax.devices()[:4])
+    sharded = jax.device_put(w, NamedSharding(mesh, P("x")))
+    update = jax.jit(lambda g, state: optimizer.update(g, state, sharded)[0])(sharded, optimizer.init(sharded))
+    np.testing.assert_allclose(update, optimizer.update(w, optimizer.init(w), w)[0], rtol=1e-5)
+    assert update.sharding.is_equivalent_to(sharded.sharding, 2)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_a_scan_of_updates_on_a_mesh(axis_type):
     """The carry keeps its types, explicit axes included."""
     optimizer = lopt.learned_optimizer(lopt.Learned(lopt.init_theta(jax.random.key(3)), 0.01))
@@ -952,6 +965,9 @@ def test_with_a_cooldown_updates_fall_to_zero_in_a_line():
             assert fewer["b"].dtype == jnp.bfloat16 and np.any(updates["w"])
             traced = jax.jit(lambda n: lopt.with_cooldown(plain, n, 0.4).update(params, state, params)[0])(10)
             np.testing.assert_allclose(traced["w"], fewer["w"], rtol=1e-5)
+    state = plain.init(params)._replace(step=jnp.int32(999_999))  # the last of a long run: the factor has all its digits
+    whole, last = (x.update(params, state, params)[0]["w"] for x in (plain, lopt.with_cooldown(plain, 1_000_000, 0.4)))
+    np.testing.assert_allclose(last, whole / 400_000, rtol=1e-5)
     for num_steps, cooldown in (10, 1.5), (10, -0.1), (10, float("nan")), (0, 0.3):
         with pytest.raises(ValueError, match="cooldown is|num_steps is 0"):
             lopt.with_cooldown(plain, num_steps, cooldown)

@@ -297,3 +297,6 @@ def test_refusals_name_the_file(tmp_path, reference):
     for place in (tmp_path / "absent", tmp_path):
         with pytest.raises(ValueError, match=str(place)):
             lopt.load(place)
+    (tmp_path / "x.safetensors").write_bytes(b"of another kind")
+    with pytest.raises(ValueError, match="x.safetensors: is no .npz"):  # the file, not its folder
+        lopt.load(tmp_path)
