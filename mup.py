@@ -1,6 +1,6 @@
 """μP: the kinds of weights, how each is initialised, and what multiplies it.
 
-    python mup.py        prints the rules on an MLP of two widths, in SP and in μP
+    python mup.py        prints the rules on an MLP at two widths, in SP and in μP
 
 Every weight tensor of an inner network is declared once, where it is used, as a `Weight` of one of four *kinds*. Its
 kind says how its fan-in and its fan-out grow with the width n of the network:
@@ -84,19 +84,26 @@ def rules(parametrization: Parametrization, fan_in: int) -> dict[str, Rule]:
 class Weight:
     """The declaration of one weight tensor: a leaf of a task's tree of weights.
 
-    kind: one of KINDS. shape: the tensor's. fan_in: how many inputs are summed in one output.
-    std, constant: an initialisation that replaces the table's and depends neither on the width nor on the
-    parametrization: N(0, std²), or a constant. Raises ValueError for an unknown kind or a size below 1.
+    kind: one of KINDS. shape: the tensor's. fan_in: how many inputs are summed in one output, 1 if not given,
+    which hidden and output weights must. std, constant: an initialisation that replaces the table's and depends
+    neither on the width nor on the parametrization: N(0, std²), or a constant, not both. Raises ValueError for
+    an unknown kind, a missing fan_in, a size below 1, and for both.
     """
     kind: str
     shape: tuple[int, ...]
-    fan_in: int = 1
+    fan_in: int | None = None
     std: float | None = None
     constant: float | None = None
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"unknown kind of weight {self.kind!r}: use one of {', '.join(KINDS)}")
+        if self.fan_in is None and self.kind in ("hidden", "output"):
+            raise ValueError(f"a weight of kind {self.kind!r} needs a fan_in: its multipliers depend on it")
+        if self.std is not None and self.constant is not None:
+            raise ValueError(f"a weight begins as N(0, std²) or as a constant, not as both: std {self.std}, "
+                             f"constant {self.constant}")
+        object.__setattr__(self, "fan_in", 1 if self.fan_in is None else self.fan_in)
         if min((*self.shape, self.fan_in)) < 1:
             raise ValueError("a weight needs a positive shape and fan_in, "
                              f"got {self.shape} and {self.fan_in}")
@@ -199,32 +206,43 @@ class Tensor(NamedTuple):
 def infer(narrow: Tree, wide: Tree, stacked: Tree = False) -> Tree:
     """Declares a network by its shapes at two widths: two trees of tensors → a tree of `Weight`s like `wide`.
 
-    Tensors are arrays or jax.ShapeDtypeStructs. `kind_of` says how kind and fan_in follow from the axes that
-    grow, `start_of` which tensors begin as constants. stacked: how many leading axes count layers: a number,
-    or a tree of numbers at the nodes that hold such layers, as {"blocks": 1}. Without it a constant leading
-    axis is a convolution's. A Weight in `wide` stands for itself. Leaves without a shape, such as functions
-    and Python's numbers, become None, as if they had been filtered out.
+    Tensors are arrays or jax.ShapeDtypeStructs. A matrix is [inputs, outputs] but for Equinox's layers, and where
+    the bias beside it tells otherwise: flat dicts of PyTorch's [out, in] matrices are to be declared by hand.
+    `kind_of` says how kind and fan_in follow from the axes that grow, `start_of` which tensors begin as
+    constants: position embeddings and class tokens are drawn as any input weight. stacked: how many leading
+    axes count layers: a number, or a tree of numbers at the nodes that hold such layers, as {"blocks": 1}.
+    Without it a constant leading axis is a convolution's. A Weight in `wide` stands for itself. Leaves that are
+    no floating-point tensors, such as functions, counters and random keys, become None, as if they had been
+    filtered out.
 
     Raises ValueError, in one line that names the tensor, for what the shapes leave open.
     """
     def name(path: tuple) -> str:
         return jax.tree_util.keystr(path, simple=True, separator="/") or "params"
 
+    def names(path: tuple) -> tuple[str, ...]:  # the same for a dict's keys and a module's fields
+        return tuple(name((key,)) for key in path)
+
+    def is_weight(x: Any) -> bool:
+        return isinstance(x, Weight) or hasattr(x, "shape") and jnp.issubdtype(x.dtype, jnp.inexact)
+
     def from_equinox(x: Any) -> bool:
         return type(x).__module__.startswith("equinox.nn") and any(key[:6] == "weight" for key in vars(x))
 
     flat = jax.tree_util.tree_leaves_with_path
-    old, new = ({path: x for path, x in flat(tree) if hasattr(x, "shape")} for tree in (narrow, wide))
-    stacks = dict(flat(stacked))
+    old, new = ({path: x for path, x in flat(tree) if is_weight(x)} for tree in (narrow, wide))
+    stacks = {names(path): k for path, k in flat(stacked)}
     layers = {path: type(x).__name__ for path, x in flat(wide, is_leaf=from_equinox) if from_equinox(x)}
-    unknown = {at for at, k in stacks.items() if k and not any(path[:len(at)] == at for path in new)}
-    for path in sorted(unknown | (old.keys() ^ new.keys()), key=name):
+    for at, k in stacks.items():
+        if k and not any(names(path)[:len(at)] == at for path in new):
+            raise ValueError(f"stacked: there are no tensors at {'/'.join(at)}")
+    for path in sorted(old.keys() ^ new.keys(), key=name):
         raise ValueError(f"{name(path)}: is not in both networks, which must differ in width alone")
     nodes = {}  # the path of a node of the tree → the tensors right below it, by their paths
     for path, x in new.items():
         a, b = old[path].shape, x.shape
-        k = next((k for at, k in stacks.items() if path[:len(at)] == at), 0)
-        if len(a) != len(b) or not 0 <= k <= len(b) or 0 in b or any(n > w for n, w in zip(a[k:], b[k:])):
+        k = next((k for at, k in stacks.items() if names(path)[:len(at)] == at), 0)
+        if len(a) != len(b) or not 0 <= k <= len(b) or 0 in a + b or any(n > w for n, w in zip(a[k:], b[k:])):
             raise ValueError(f"{name(path)}: shape {a} cannot grow to {b} with {k:d} stacked axes; give the "
                              "narrow network first, and as `stacked` how many leading axes count layers")
         axes = tuple(zip(a, b))[k:]
@@ -248,7 +266,7 @@ def infer(narrow: Tree, wide: Tree, stacked: Tree = False) -> Tree:
 def kind_of(tensor: Tensor, beside: list[Tensor]) -> tuple[str, int]:
     """(kind, fan_in) of a tensor, by its axes that grow and the tensors beside it in the tree's same node.
 
-    An axis that grows is infinite. None, or a single axis in all: vector. One: input if it is an axis of the
+    An axis that grows is infinite. None, a single axis in all, or the gain or shift of `start_of`: vector. One: input if it is an axis of the
     outputs, output if of the inputs. Two: hidden. The last axis is the outputs', all others are the inputs':
     [in, out], [h, w, in, out], [heads, size, W]. The outputs have several, as in [W, heads, size], if a bias
     [heads, size] stands beside, which is a vector; without one, and unless the last two axes are the infinite
@@ -270,13 +288,15 @@ def kind_of(tensor: Tensor, beside: list[Tensor]) -> tuple[str, int]:
         return first > 0 and x.axes[first:] == axes and (
             called_bias(tensor) or size(x.axes[:first]) == size(axes))
 
+    if axes[1:] == ((1, 1),) and infinite and (tensor.is_gain or tensor.is_shift):
+        raise ValueError("which leaves open whether it is a read-out or a gain or shift")
     if (len(axes) < 2 or not infinite or tensor.is_gain or tensor.is_shift
             or tensor.layer and (tensor.name == "bias" or "Norm" in tensor.layer)
             or len(infinite) == 1 and any(map(is_bias_of, beside))):
         return "vector", 1
     if len(infinite) > 2:
         raise ValueError("which are more than two infinite axes")
-    biases = [x.axes for x in beside if called_bias(x)]
+    biases = [x.axes for x in beside if called_bias(x) and not x.is_shift]
     if (tensor.layer not in (None, "Embedding")
             or len(beside) == 1 and biases == [axes[:1]] and axes[0] != axes[-1]):
         return ("hidden" if len(infinite) == 2 else "output" if infinite[0] else "input"), size(axes[1:])[1]
@@ -298,18 +318,19 @@ def start_of(tensor: Tensor, beside: list[Tensor]) -> dict[str, float]:
     Shapes do not tell a gain (1) and a shift (0) from a bias (N(0, 1) in μP). A gain is a vector whose
     entries are one number other than 0, which it keeps, or whose name is "weight" or holds "scale", "gain" or
     "gamma". A shift has a name with "shift", "offset" or "beta", or stands beside a gain of its shape and no
-    matrix. Without entries only names tell. Scalars and constant matrices keep a common value, too; without
-    one constant matrices are N(0, 1/fan_in), and scalars are as biases.
+    matrix. Without entries only names tell. Scalars and matrices that do not grow keep a common value, too;
+    without one such matrices are N(0, 1/fan_in), and scalars are as biases.
     """
     if tensor.is_gain:
         return {"constant": 1.0 if tensor.value is None else tensor.value}
     if tensor.is_shift or (len(tensor.axes) == 1 and all(len(x.axes) < 2 for x in beside)
                            and any(x.is_gain and x.axes == tensor.axes for x in beside)):
         return {"constant": 0.0}
-    if len(tensor.axes) == 1 or any(n != w for n, w in tensor.axes):
+    if len(tensor.axes) == 1 or "bias" in tensor.name or any(n != w for n, w in tensor.axes):
         return {}
     if tensor.value is None and tensor.axes:
-        return {"std": math.prod(w for _, w in tensor.axes[:-1]) ** -0.5}
+        inputs = tensor.axes[:-1] if tensor.layer in (None, "Embedding") else tensor.axes[1:]
+        return {"std": math.prod(w for _, w in inputs) ** -0.5}
     return {} if tensor.value is None else {"constant": tensor.value}
 
 
@@ -334,6 +355,9 @@ def gradient_multiplier(weights: Tree, parametrization: Parametrization) -> floa
     if not (parametrization.is_mup and parametrization.base_width):
         return 1.0
     read_outs = [w.fan_in for w in jax.tree.leaves(weights) if w.kind == "output"]
+    if not read_outs:
+        raise ValueError("a base width needs the width of a read-out, and there is no weight of kind 'output': "
+                         "declare one, or give the learned optimizer the multiplier width/base_width yourself")
     return max(read_outs) / parametrization.base_width
 
 

@@ -88,7 +88,7 @@ class Task(NamedTuple):
     forward(params, inputs) → (logits, {layer: pre-activations}).
     loss(params, batch) → mean cross-entropy in nats (scalar).
     test(params, split) → (loss, accuracy) on the first examples of a split.
-    max_loss: 1.5 ln(classes), at which PES clips the meta-loss. weights: the declarations.
+    max_loss: 1.5 ln(classes), at which the meta-loss is cut. weights: the declarations.
     """
     name: str
     weights: Tree
@@ -142,8 +142,8 @@ def mlp(inputs: int, classes: int, width: int, depth: int,
 
 class Transformer(NamedTuple):
     """What the blocks of a transformer have in common. width: a multiple of heads. causal: whether a
-    token sees only those before it. remat: keep only each block's input for the backward pass, and
-    compute the rest of the block again there."""
+    token sees only itself and those before it. remat: keep only each block's input for the backward
+    pass, and compute the rest of the block again there."""
     width: int
     depth: int
     heads: int
@@ -267,7 +267,7 @@ def transformer_lm(net: Transformer, vocabulary: int, sequence_length: int) -> N
 
 
 def embedding(weights: Tree, params: Tree, name: str, parametrization: Parametrization) -> Array:
-    """An input weight that is looked up or added, not applied to numbers, times its multiplier."""
+    """An input weight whose rows are looked up or added, times its forward multiplier."""
     return mup.forward_multiplier(weights[name], parametrization) * params[name]
 
 
@@ -380,10 +380,13 @@ def vit_task(dataset: Dataset, width: int, depth: int, batch_size: int,
 
 def lm_task(dataset: Dataset, width: int, depth: int, batch_size: int,
             parametrization: Parametrization = mup.MUP, *, heads: int | None = None,
-            head_size: int = 32, sequence_length: int = 64, remat: bool = False) -> Task:
-    """A decoder-only language model on the tokens of a data set, in rows of sequence_length tokens."""
+            head_size: int = 32, sequence_length: int | None = None, remat: bool = False) -> Task:
+    """A decoder-only language model on the tokens of a data set, in rows of as many as were loaded.
+
+    sequence_length: how many are expected; raises ValueError where the rows have others.
+    """
     length = dataset.train.inputs.shape[1]
-    if sequence_length != length:
+    if sequence_length not in (None, length):
         raise ValueError(f"sequence_length {sequence_length} differs from the rows of {length} tokens "
                          f"in which {dataset.name} was loaded: load it with the same sequence length")
     heads = head_count(width, heads, head_size)
@@ -398,7 +401,8 @@ def head_count(width: int, heads: int | None, head_size: int) -> int:
     if heads is None:
         heads = max(1, width // head_size) if head_size >= 1 else 0
     if heads < 1 or width % heads:
-        raise ValueError(f"{asked} does not fit width {width}: the heads must divide the width")
+        raise ValueError(f"{asked} does not fit width {width}: the heads must divide the width, and {heads} "
+                         "do not")
     return heads
 
 
@@ -739,9 +743,10 @@ class Format(NamedTuple):
 
 FORMATS = {
     "cifar10": Format(read_cifar10, 10, "the binary version, cifar-10-binary.tar.gz from "
-                      "www.cs.toronto.edu/~kriz; --download fetches it"),
+                      "www.cs.toronto.edu/~kriz; `meta_train.py --download` fetches it"),
     "mnist": Format(read_idx, 10, "MNIST's four IDX files, plain or .gz"),
-    "fashion_mnist": Format(read_idx, 10, "its four IDX files, plain or .gz; --download fetches them"),
+    "fashion_mnist": Format(read_idx, 10, "its four IDX files, plain or .gz; `meta_train.py --download` fetches "
+                            "them"),
     **{f"imagenet{size}": Format(
         read_imagenet, 1000, f"train_data_batch_1.npz … 10.npz and val_data.npz in one folder: ImageNet "
         f"{size}x{size} as npz from image-net.org/download-images.php, not its pickled version, whose "
@@ -822,9 +827,9 @@ def load_dataset(name: str, data_dir: str | os.PathLike | None = None,
     """Reads one of DATASETS, checks it and puts it on the device.
 
     data_dir: the folder that holds its files, or (text, tokens) the file itself. image_size: pixels to
-    which images are shrunk. vocab_size: of tokens, required there. sequence_length: of the rows of text
-    (64). Raises ValueError, in one line that names the file, for whatever is missing, damaged or does
-    not fit.
+    which images are shrunk; those of synthetic are made of that size. vocab_size: of tokens, required
+    there. sequence_length: of the rows of text (64). Raises ValueError, in one line that names the file,
+    for whatever is missing, damaged or does not fit.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}: use one of {', '.join(DATASETS)}")
@@ -944,11 +949,12 @@ def fetch(address: str, path: pathlib.Path, md5: str) -> None:
     with urllib.request.urlopen(address, timeout=30) as response, open(path, "wb") as output:
         expected, digest = response.length, md5_of()
         with tqdm.tqdm(total=expected, unit="B", unit_scale=True, desc=path.name) as progress:
-            while (block := response.read(1 << 16)) and progress.n <= MAX_DOWNLOAD:
+            received = 0
+            while (block := response.read(1 << 16)) and received <= MAX_DOWNLOAD:
                 output.write(block)
                 digest.update(block)
                 progress.update(len(block))
-        received = progress.n
+                received += len(block)
         output.flush()
         lopt.sync(output.fileno())
     if expected is not None and received < expected:
@@ -962,30 +968,31 @@ def fetch(address: str, path: pathlib.Path, md5: str) -> None:
 # --------------------------------------------------------------------------------------------------
 # Tasks by name
 
-# kind of network: (its task, the number of axes of its inputs, its options beyond the common ones)
+# name: (a function like `mlp_task`; the number of axes of its inputs; its options beyond the common
+# ones, each of which is a field of TaskSettings, too, and stands in `task_of`)
 TASKS = {"mlp": (mlp_task, 4, ()),
          "vit": (vit_task, 4, ("heads", "head_size", "patch", "remat")),
          "lm": (lm_task, 2, ("heads", "head_size", "sequence_length", "remat"))}
 
 
-def make_task(kind: str, dataset: Dataset, width: int, depth: int, batch_size: int,
+def make_task(name: str, dataset: Dataset, width: int, depth: int, batch_size: int,
               parametrization: Parametrization = mup.MUP, **options: Any) -> Task:
-    """The task of one of the kinds in TASKS; an option that is None stays at its default.
+    """The task of one of the names in TASKS; an option that is None stays at its default.
 
     Raises ValueError, in one line, for a combination that does not fit.
     """
-    if kind not in TASKS:
-        raise ValueError(f"unknown task {kind!r}: use one of {', '.join(TASKS)}")
-    task, axes, allowed = TASKS[kind]
-    options = {name: value for name, value in options.items() if value is not None}
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}: use one of {', '.join(TASKS)}")
+    task, axes, allowed = TASKS[name]
+    options = {option: value for option, value in options.items() if value is not None}
     if unknown := sorted(set(options) - set(allowed)):
-        raise ValueError(f"task {kind!r} has no option {unknown[0]!r}")
+        raise ValueError(f"task {name!r} has no option {unknown[0]!r}")
     if dataset.train.inputs.ndim != axes:
         needs, holds = ("images", "text") if axes == 4 else ("text", "images")
-        raise ValueError(f"task {kind!r} needs {needs}, and data set {dataset.name!r} holds {holds}")
-    for name, value in (("width", width), ("depth", depth), ("batch_size", batch_size)):
+        raise ValueError(f"task {name!r} needs {needs}, and data set {dataset.name!r} holds {holds}")
+    for size, value in (("width", width), ("depth", depth), ("batch_size", batch_size)):
         if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}")
+            raise ValueError(f"{size} must be 1 or more, got {value}")
     return task(dataset, width, depth, batch_size, parametrization, **options)
 
 
@@ -1020,7 +1027,8 @@ class TaskSettings:
                          choices=DATASETS)
     data_dir: str | None = inner(None, "where the data set's files are: a folder, for text and tokens "
                                  "also a file (data if not given)", metavar="DIR")
-    image_size: int | None = inner(None, "shrink images to S×S by averaging blocks", low=1, metavar="S")
+    image_size: int | None = inner(None, "shrink images to S×S by averaging blocks; synthetic: make them "
+                                   "of that size", low=1, metavar="S")
     vocab_size: int | None = inner(None, "token ids of data set tokens", low=1, metavar="V")
     sequence_length: int | None = inner(None, "tokens of a sequence (64 if not given)", low=1,
                                         metavar="L")
@@ -1088,7 +1096,7 @@ def add_flags(parser: argparse.ArgumentParser, settings: type,
     """
     groups = {None: parser}
     for field in dataclasses.fields(settings):
-        meta, (kind, is_tuple) = field.metadata, kind_of(field.type)
+        meta, (kind, is_tuple) = field.metadata, type_of(field.type)
         if meta["group"] not in groups:
             groups[meta["group"]] = parser.add_argument_group(meta["group"])
         says_nothing = field.default is None or kind is bool
@@ -1109,7 +1117,7 @@ def add_flags(parser: argparse.ArgumentParser, settings: type,
                 help="fetch cifar10 or fashion_mnist into --data-dir first")
 
 
-def kind_of(annotation: Any) -> tuple[type, bool]:
+def type_of(annotation: Any) -> tuple[type, bool]:
     """The type of a setting's values, or of their entries, and whether they are tuples."""
     if isinstance(annotation, types.UnionType):  # X | None
         annotation = typing.get_args(annotation)[0]
@@ -1242,7 +1250,8 @@ def has_devices() -> bool:
 
 
 def set_up_devices(divides: int, devices: int | None = None) -> None:
-    """Gives a CPU so many XLA devices, or else one for each core, of a number that divides `divides`.
+    """Makes of a CPU `devices` XLA devices, at most 256, or else as many as the largest divisor of
+    `divides` that is not above the number of cores.
 
     Each core then unrolls its own runs and waits for the others once per meta-step: nearly twice as
     fast on two cores as one device whose every operation is split over both. Once JAX has been used, as

@@ -594,6 +594,7 @@ def test_download_skips_what_is_there_and_replaces_what_is_damaged(tmp_path, mon
     publish(server, monkeypatch, "fashion_mnist", files)
     monkeypatch.setitem(tasks.DOWNLOADS, "fashion_mnist", ("http://127.0.0.1:1/",
                                                            tasks.DOWNLOADS["fashion_mnist"][1]))
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # bytes are counted without a bar, too
     tasks.download("fashion_mnist", tmp_path, base_url=server.url)
     tasks.download("fashion_mnist", tmp_path, base_url=server.url)
     assert len(server.asked) == 4 and sorted(os.listdir(tmp_path / "fashion_mnist")) == sorted(files)

@@ -178,6 +178,25 @@ def test_stacked(stacked):
     assert mup.rule_of(found["blocks"]["w"], mup.MUP).std == 1 / 8
 
 
+def test_stacks_in_a_module():
+    """The names of its fields are as good as a dict's keys."""
+    found = infer(lambda n: Boxed({"blocks": Boxed((5, n, 2 * n)), "out": (n, 10)}), {"value": {"blocks": 1}})
+    assert of(found.value) == {"blocks": Boxed(("hidden", W)), "out": ("output", W)}
+
+
+def test_only_tensors_of_floating_point_numbers_are_weights():
+    narrow, wide = ({"w": jnp.zeros((n, n)), "key": jax.random.key(0), "count": jnp.zeros((), jnp.int32),
+                     "mask": jnp.ones(n, bool)} for n in (N, W))
+    found = mup.infer(narrow, wide)
+    assert of(found["w"]) == ("hidden", W) and [found[name] for name in ("key", "count", "mask")] == [None] * 3
+
+
+def test_biases_of_several_axes_begin_as_biases_whether_they_grow_or_not():
+    found = infer(lambda n: {"kernel": (n, 2, 8), "bias": (2, 8), "beta": (n,), "fixed": (3, 5)})
+    assert found["bias"] == mup.Weight("vector", (2, 8)) and found["fixed"].std == 3 ** -0.5
+    assert of(infer(lambda n: {"w": (n, 10), "beta": (n,)}))["w"] == ("output", W)  # a shift is no bias of w
+
+
 def test_stacks_of_stacks():
     found = infer(lambda n: [(2, 5, n, n), (2, 5, n), (2, 5, 7, n)], 2)
     assert of(found) == [("hidden", W), ("vector", 1), ("input", 7)]
@@ -202,7 +221,9 @@ def test_stacks_of_stacks():
     (lambda n: {"w": (n,) * (n // N)}, 0, r"^w: shape \(32,\) cannot grow to \(64, 64\)"),
     (lambda n: {"w": (n, 0)}, 0, r"^w: shape \(32, 0\) cannot grow"),
     (lambda n: {"w": (n, n), "b": (n,)}, 2, r"^b: .* with 2 stacked axes.*`stacked` how many"),
-    (lambda n: {"w": (n, n)}, {"v": 1}, "^v: is not in both networks"),
+    (lambda n: {"w": (n, n)}, {"v": 1}, "^stacked: there are no tensors at v$"),
+    (lambda n: {"w": (n // W, n)}, 0, r"^w: shape \(0, 32\) cannot grow"),
+    (lambda n: {"w": (n, n), "scale": (n, 1)}, 0, "^scale: .*a read-out or a gain or shift; declare it"),
     (lambda n: {"w": (n, n), f"layer_{n}": (n, n)}, 0, "^layer_32: is not in both networks"),
     (lambda n: {"w": (n, n), "b": (n,) if n == N else None}, 0, "^b: is not in both networks"),
     (lambda n: {"w": (n, n), "f": (n,) if n == N else jax.nn.relu}, 0, "^f: is not in both networks"),
@@ -255,7 +276,7 @@ def test_a_shift_stands_beside_a_gain_and_no_matrix():
 
 def test_random_biases_are_no_gains():
     """Not even those of one number, since they differ between the two networks."""
-    narrow, wide = ({"w": jnp.ones((n, 1)), "b": jax.random.uniform(jax.random.key(n), (1,))} for n in (N, W))
+    narrow, wide = ({"w": jax.random.normal(KEY, (n, 1)), "b": jax.random.uniform(jax.random.key(n), (1,))} for n in (N, W))
     assert mup.infer(narrow, wide)["b"].constant is None
 
 
