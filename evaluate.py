@@ -134,8 +134,8 @@ def load_contenders(paths: Sequence[str], baselines: Sequence[str],
                     tuned: Sequence[str] = ()) -> list[Contender]:
     """The θ of these files, named by file (by the path, where names repeat), then the baselines.
 
-    decay: of all θ, in place of their own. cooldown: of all θ. tuned: the multipliers to be tuned of
-    θ in μP. Raises ValueError where any is given and there is no such θ.
+    decay: of all θ, in place of their own. cooldown: of all θ. tuned: the multipliers to be tuned
+    of θ in μP. Raises ValueError where any is given and there is no such θ.
     """
     stems, contenders = [pathlib.Path(path).stem for path in paths], []
     for path, stem in zip(paths, stems):
@@ -701,7 +701,7 @@ PAIR = "--theta {results}/mulo_m.npz {results}/lo_m.npz"
 BASE_WIDTH = "{results}/mulo_m_128.npz"  # ours
 THREE = f"{PAIR} {BASE_WIDTH}"
 BOTH_MULO_M = f"--theta {{results}}/mulo_m.npz {BASE_WIDTH}"
-PAIR_S = "--theta {results}/mulo_s.npz {results}/lo_s.npz"
+PAIR_S = "{results}/mulo_s.npz {results}/lo_s.npz"
 PAIR_1024 = "--theta {results}/mulo_s_1024.npz {results}/lo_s_1024.npz"  # their batch size
 VELO = "--theta {results}/velo_mup.npz {results}/velo_sp.npz"  # on the synthetic data
 CIFAR = "--dataset cifar10 --data-dir {data} --image-size 8"
@@ -713,18 +713,19 @@ TUNED = (f"--theta {BASE_WIDTH} --tune-theta input_mult output_mult hidden_lr_mu
          "--seeds 2")
 THREE_WIDTHS = "--widths 32 128 512"
 # horizon, decay and cooldown, ours
-COOLED = "--cooldown 0.3 --baselines adamw_cosine --tune per-width"
+COOLDOWN = "--cooldown 0.3"
+COOLED = f"{COOLDOWN} --baselines adamw_cosine --tune per-width"
 PLANNED = ("--sweep horizon --theta {results}/mulo_m_long.npz {results}/lo_m_long.npz --seeds 5 "
            f"--lengths 1000 3000 10000 25000 {CIFAR}")
-PLANNED_COOLED = (f"{PLANNED} --cooldown 0.3 --baselines adamw_decay adamw_cosine --tune per-width "
+PLANNED_COOLED = (f"{PLANNED} {COOLDOWN} --baselines adamw_decay adamw_cosine --tune per-width "
                   "--tune-seeds 2")
 EXPERIMENTS = {
     "width": f"--sweep width {THREE} --baselines adamw {CIFAR} --tune both --tune-seeds 2 "
              "--seeds 5 --widths 32 64 128 256 512 1024 2048 4096",
     "width-cooldown": f"--sweep width {THREE} {COOLED} {CIFAR} --tune-seeds 2 --seeds 5 "
                       "--widths 32 64 128 256 512 1024 2048 4096",
-    "width-others": f"--sweep width {PAIR_S} {{results}}/mulo_m_long.npz --baselines muadam "
-                    f"{CIFAR} --tune both --tune-seeds 2 --seeds 5 {THREE_WIDTHS}",
+    "width-others": f"--sweep width --theta {PAIR_S} {{results}}/mulo_m_long.npz "
+                    f"--baselines muadam {CIFAR} --tune both --tune-seeds 2 --seeds 5 {THREE_WIDTHS}",
     "width-seeds": f"--sweep width {BOTH_MULO_M} --baselines adamw {CIFAR} --tune per-width "
                    f"--tune-seeds 2 --seed 1 --seeds 8 {THREE_WIDTHS}",
     "width-meta-seeds": f"--sweep width {BOTH_MULO_M} {{results}}/mulo_m_long.npz "
@@ -736,8 +737,7 @@ EXPERIMENTS = {
     "depth-512": f"--sweep depth {THREE} {BOTH} {CIFAR} --seeds 3 --widths 512",
     "depth-vit": f"--sweep depth {VIT} {THREE} --baselines adamw --seeds 2 --depths 3 12 "
                  "--widths 128",
-    "horizon": f"--sweep horizon {PAIR} {{results}}/mulo_s.npz "
-               f"{{results}}/lo_s.npz --baselines adamw {CIFAR} --seeds 3 --widths 128",
+    "horizon": f"--sweep horizon {PAIR} {PAIR_S} --baselines adamw {CIFAR} --seeds 3 --widths 128",
     "horizon-1024": f"--sweep horizon {PAIR_1024} --baselines adamw {CIFAR} --batch-size 1024 "
                     "--tune-seeds 1 --seeds 2 --widths 32 128",
     "horizon-1024-on-64": f"--sweep horizon {PAIR_1024} {{results}}/mulo_s.npz {CIFAR} --seeds 5 "
@@ -745,11 +745,11 @@ EXPERIMENTS = {
     "horizon-planned": f"{PLANNED_COOLED} --widths 128",
     "horizon-512": f"{PLANNED_COOLED} --widths 512",
     "horizon-no-cooldown": f"{PLANNED} --widths 128 512",
-    "horizon-decay": "--sweep horizon --theta {results}/mulo_m_long.npz --decay 1.5e-3 --cooldown 0.3 "
-                     f"{CIFAR} --seeds 5 --widths 128 512 --lengths 3000 10000 25000",
+    "horizon-decay": "--sweep horizon --theta {results}/mulo_m_long.npz --decay 1.5e-3 "
+                     f"{COOLDOWN} {CIFAR} --seeds 5 --widths 128 512 --lengths 3000 10000 25000",
     "pre-activations": f"--sweep coordinate-check {THREE} {CIFAR} --steps 500 --seeds 2 "
                        f"{THREE_WIDTHS}",
-    "coordinate-check": f"--sweep coordinate-check {PAIR_S} {{results}}/mulo_m.npz "
+    "coordinate-check": f"--sweep coordinate-check --theta {PAIR_S} {{results}}/mulo_m.npz "
                         f"{BASE_WIDTH} {CIFAR} --steps 100 --seeds 2 "
                         "--widths 32 64 128 256 512 1024",
     "vit": f"--sweep width {VIT} {OTHER_TASKS} {THREE_WIDTHS}",

@@ -335,9 +335,9 @@ def learned_optimizer(learned: Learned, update_multipliers: Tree = 1.0, gradient
     small_fc_lopt uses it where `learned.horizon` says so.
 
     Entries of a gradient that are not finite count as 0. The averages are float32 and so is all arithmetic (float64 for
-    params of float64); updates have the params' types.
-    State and updates are sharded as the params are. Raises ValueError for a θ that does not fit its architecture, for
-    num_steps below 1 where they are used, for complex params, and for params without a multiplier.
+    params of float64); updates have the params' types. State and updates are sharded as the params are. Raises
+    ValueError for a θ that does not fit its architecture, for num_steps below 1 where they are used, for complex
+    params, and for params without a multiplier.
     """
     if learned.architecture == "velo":
         return velo(learned, update_multipliers, gradient_multiplier, num_steps)
@@ -515,8 +515,8 @@ def velo(learned: Learned, update_multipliers: Tree = 1.0, gradient_multiplier: 
     by the LSTM; d and s are the weight's, by that MLP, whose third output is not used.
 
     num_steps: the planned number of updates, a number or traced; VeLO's step sizes depend on it. Gradients are cut to
-    ±1000, where a NaN stays one, as in the original. All else is as in `learned_optimizer`. With μP's update multipliers
-    this is μVeLO.
+    ±1000, where a NaN stays one, as in the original. All else is as in `learned_optimizer`. With μP's update
+    multipliers this is μVeLO.
 
     Raises ValueError when num_steps is missing or below 1, for a θ that is not VeLO's, and in `update` when `value`
     is missing.
@@ -775,6 +775,7 @@ def sharded(update: Callable) -> Callable:
         automatic = jax.sharding.auto_axes(lambda *args: update(*args[:3], value=args[3]),
                                            out_sharding=jax.tree.map(layout, (params, state)))
         traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((grads, state, params, value)))
+        # JAX takes the mesh from its context, which a trace may only lend an abstract one.
         with (jax.sharding.use_abstract_mesh(jax.typeof(there[0]).sharding.mesh) if traced
               else jax.set_mesh(there[0].sharding.mesh)):
             return automatic(grads, state, params, value)
@@ -844,7 +845,7 @@ CHUNK = {"cpu": 2048, "gpu": 2**18, "tpu": 2**16}
 
 
 def in_chunks(features_of: Callable[[Statistics], list[Feature]], learned: Learned, tensor: Statistics) -> Array:
-    """`plain_update`, several times as fast and with little memory, for any such list of features and any MLP.
+    """`plain_update`, several times as fast and with little memory, for any list like `features` and any MLP.
 
     Two identities save most of the first layer. Features that vary along some axes only are multiplied by their rows of
     w0 where they vary, and added by broadcasting: 16 of 39 inputs remain for each weight. And dividing by the root mean
@@ -1049,22 +1050,22 @@ def _by_decays(features_of: Callable[[Statistics], list[Feature]], blocks: list[
 def is_made_by_decays(features_of: Callable[[Statistics], list[Feature]]) -> bool:
     """Whether a list gives the same when it is made for one decay at a time: no feature mixes or selects decays.
 
-    It is tried on a tensor with random statistics.
+    It is tried on random statistics, those of a tensor of two axes and of one with fewer.
     """
+    def agrees(tensor: Statistics) -> bool:
+        blocks = features_of(tensor)
+        try:
+            made = _by_decays(features_of, blocks, lambda i: jax.tree.map(
+                lambda x: x[i:i + 1] if x.ndim == 3 else x, tensor))
+        except (TypeError, ValueError, IndexError, StopIteration):
+            return False
+        return all(np.allclose(f.values, jnp.stack(rows), 1e-5) for f, rows in zip(blocks, made))
+
     with jax.ensure_compile_time_eval():
         g, p, v, *rest = jax.random.uniform(jax.random.key(0), (18, 2, 3), minval=0.5)
         m, r, c, rho, kappa = jnp.reshape(jnp.stack(rest), (5, 3, 2, 3))
         factored = Statistics(g, p, m, v, r, c, rho, kappa, jnp.float32(5.0))
-        for tensor in (factored, factored._replace(c=r, rho=None, kappa=None)):  # of two axes, and of fewer
-            blocks = features_of(tensor)
-            try:
-                made = _by_decays(features_of, blocks, lambda i: jax.tree.map(
-                    lambda x: x[i:i + 1] if x.ndim == 3 else x, tensor))
-            except (TypeError, ValueError, IndexError, StopIteration):
-                return False
-            if not all(np.allclose(f.values, jnp.stack(rows), 1e-5) for f, rows in zip(blocks, made)):
-                return False
-        return True
+        return agrees(factored) and agrees(factored._replace(c=r, rho=None, kappa=None))
 
 
 def _loop(n: int, body: Callable, start: Array) -> Array:

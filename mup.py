@@ -223,6 +223,9 @@ def infer(narrow: Tree, wide: Tree, stacked: Tree = False) -> Tree:
     def names(path: tuple) -> tuple[str, ...]:  # the same for a dict's keys and a module's fields
         return tuple(name((key,)) for key in path)
 
+    def lies_at(path: tuple, at: tuple[str, ...]) -> bool:
+        return names(path)[:len(at)] == at
+
     def is_weight(x: Any) -> bool:
         return isinstance(x, Weight) or hasattr(x, "shape") and jnp.issubdtype(x.dtype, jnp.inexact)
 
@@ -234,14 +237,14 @@ def infer(narrow: Tree, wide: Tree, stacked: Tree = False) -> Tree:
     stacks = {names(path): k for path, k in flat(stacked)}
     layers = {path: type(x).__name__ for path, x in flat(wide, is_leaf=from_equinox) if from_equinox(x)}
     for at, k in stacks.items():
-        if k and not any(names(path)[:len(at)] == at for path in new):
+        if k and not any(lies_at(path, at) for path in new):
             raise ValueError(f"stacked: there are no tensors at {'/'.join(at)}")
     for path in sorted(old.keys() ^ new.keys(), key=name):
         raise ValueError(f"{name(path)}: is not in both networks, which must differ in width alone")
     nodes = {}  # the path of a node of the tree → the tensors right below it, by their paths
     for path, x in new.items():
         a, b = old[path].shape, x.shape
-        k = next((k for at, k in stacks.items() if names(path)[:len(at)] == at), 0)
+        k = next((k for at, k in stacks.items() if lies_at(path, at)), 0)
         if len(a) != len(b) or not 0 <= k <= len(b) or 0 in a + b or any(n > w for n, w in zip(a[k:], b[k:])):
             raise ValueError(f"{name(path)}: shape {a} cannot grow to {b} with {k:d} stacked axes; give the "
                              "narrow network first, and as `stacked` how many leading axes count layers")
@@ -266,13 +269,13 @@ def infer(narrow: Tree, wide: Tree, stacked: Tree = False) -> Tree:
 def kind_of(tensor: Tensor, beside: list[Tensor]) -> tuple[str, int]:
     """(kind, fan_in) of a tensor, by its axes that grow and the tensors beside it in the tree's same node.
 
-    An axis that grows is infinite. None, a single axis in all, or the gain or shift of `start_of`: vector. One: input if it is an axis of the
-    outputs, output if of the inputs. Two: hidden. The last axis is the outputs', all others are the inputs':
-    [in, out], [h, w, in, out], [heads, size, W]. The outputs have several, as in [W, heads, size], if a bias
-    [heads, size] stands beside, which is a vector; without one, and unless the last two axes are the infinite
-    ones, it must hold for one division of the axes, at both widths, that fan_in = fan_out. The outputs come
-    first, [out, in, …], in Equinox's layers, and where the one tensor beside is a bias that has the length of
-    the first axis and not of the last. Raises ValueError for what is still open.
+    An axis that grows is infinite. None, a single axis in all, or the gain or shift of `start_of`: vector. One:
+    input if it is an axis of the outputs, output if of the inputs. Two: hidden. The last axis is the outputs',
+    all others are the inputs': [in, out], [h, w, in, out], [heads, size, W]. The outputs have several, as in
+    [W, heads, size], if a bias [heads, size] stands beside, which is a vector; without one, and unless the last
+    two axes are the infinite ones, it must hold for one division of the axes, at both widths, that fan_in =
+    fan_out. The outputs come first, [out, in, …], in Equinox's layers, and where the one tensor beside is a
+    bias that has the length of the first axis and not of the last. Raises ValueError for what is still open.
     """
     axes, infinite = tensor.axes, [i for i, (n, w) in enumerate(tensor.axes) if n != w]
 
@@ -280,8 +283,8 @@ def kind_of(tensor: Tensor, beside: list[Tensor]) -> tuple[str, int]:
         return tuple(math.prod(lengths) for lengths in zip(*axes))
 
     def called_bias(x: Tensor) -> bool:
-        return x.name[0] == "b" or x.name.endswith("_b") or "bias" in x.name or (
-            x.name.isdigit() and len(beside) == 1)
+        return not x.is_shift and (x.name[0] == "b" or x.name.endswith("_b") or "bias" in x.name
+                                   or x.name.isdigit() and len(beside) == 1)
 
     def is_bias_of(x: Tensor) -> bool:
         first = len(x.axes) - len(axes)
@@ -296,7 +299,7 @@ def kind_of(tensor: Tensor, beside: list[Tensor]) -> tuple[str, int]:
         return "vector", 1
     if len(infinite) > 2:
         raise ValueError("which are more than two infinite axes")
-    biases = [x.axes for x in beside if called_bias(x) and not x.is_shift]
+    biases = [x.axes for x in beside if called_bias(x)]
     if (tensor.layer not in (None, "Embedding")
             or len(beside) == 1 and biases == [axes[:1]] and axes[0] != axes[-1]):
         return ("hidden" if len(infinite) == 2 else "output" if infinite[0] else "input"), size(axes[1:])[1]

@@ -276,7 +276,8 @@ def test_a_shift_stands_beside_a_gain_and_no_matrix():
 
 def test_random_biases_are_no_gains():
     """Not even those of one number, since they differ between the two networks."""
-    narrow, wide = ({"w": jax.random.normal(KEY, (n, 1)), "b": jax.random.uniform(jax.random.key(n), (1,))} for n in (N, W))
+    narrow, wide = ({"w": jax.random.normal(KEY, (n, 1)), "b": jax.random.uniform(jax.random.key(n), (1,))}
+                    for n in (N, W))
     assert mup.infer(narrow, wide)["b"].constant is None
 
 
