@@ -7,7 +7,7 @@ An optimizer is a pair of pure functions, as in optax: `init(params) -> state` a
 `update(grads, state, params, *, value=None) -> (updates, state)`, applied by `params + updates` on any pytree.
 
 The learned optimizer is small_fc_lopt ("small fully connected learned optimizer"). From each weight's gradient g, its
-value p and three kinds of decaying averages it builds 39 features; an MLP with weights θ, the same for all weights of a
+value p, three kinds of decaying averages and the step t it builds 39 features; an MLP with weights θ, the same for all weights of a
 network, turns them into a direction d and a log-magnitude s:
 
     update = step_mult · d · exp(exp_mult · s),      p ← p − update_multiplier · update
@@ -209,7 +209,8 @@ def features(tensor: Statistics) -> list[Feature]:
 
     To change the learned optimizer, add, change or drop a line: all else follows from this list. A feature of each
     weight is made of that weight's own entries, since the fast paths take a few weights at a time: what is taken over
-    the tensor, such as a mean, belongs in `Statistics`, as κ does, or has length 1 along all axes.
+    the tensor, such as a mean, belongs in `Statistics`, as κ does, or has length 1 along all axes. They also move its
+    axes, or add one: `rho is None` tells a tensor of fewer than two axes, its rank does not.
     """
     g, p, m, v, r, c, rho, kappa, t = tensor
     if rho is None:  # fewer than two axes
@@ -270,8 +271,20 @@ def feature_count() -> int:
 
 @functools.cache
 def block_sizes(features_of: Callable[[Statistics], list[Feature]]) -> list[int]:
-    """How many features each block of a list has; nothing is computed for it."""
-    return [block.shape[0] for block in jax.eval_shape(lambda: [f.values for f in features_of(of_one_weight())])]
+    """How many features each block of a list has; nothing is computed for it. Raises ValueError for a wrong shape."""
+    names = []
+
+    def blocks() -> list[Array]:
+        made = features_of(of_one_weight())
+        names.extend(feature.name for feature in made)
+        return [feature.values for feature in made]
+
+    shapes = [block.shape for block in jax.eval_shape(blocks)]
+    for name, shape in zip(names, shapes):
+        if len(shape) != 3:
+            raise ValueError(f"the feature {name!r} has {len(shape)} axes for a tensor of 2, and must have 3, [f, *S]: "
+                             "x[None] is a block of one feature")
+    return [shape[0] for shape in shapes]
 
 
 def of_one_weight() -> Statistics:
@@ -320,7 +333,7 @@ def pace_of(learned: Learned, num_steps: int | Array | None) -> float | Array:
 
 
 class LearnedOptimizerState(NamedTuple):
-    """step: int32, updates made so far. averages: one `Averages` for each leaf of the params."""
+    """step: int32, updates made so far. averages: one `Averages` for each tensor that is not empty."""
     step: Array
     averages: tuple[Averages, ...]
 
@@ -349,26 +362,23 @@ def learned_optimizer(learned: Learned, update_multipliers: Tree = 1.0, gradient
 
     def update(grads: Tree, state: LearnedOptimizerState, params: Tree, *,
                value: Array | None = None) -> tuple[Tree, LearnedOptimizerState]:
-        decays = trained_decays(learned.theta)
+        decays, t = trained_decays(learned.theta), jnp.asarray(pace * state.step, jnp.float32)
 
         def of_tensor(g: Array, p: Array, averages: Averages, multiplier: float | Array):
-            if jnp.size(p) == 0:
-                return jnp.zeros_like(p), averages
-            g, p = (jnp.asarray(x, working_type(p)) for x in (g, p))
             g = gradient_multiplier * jnp.where(jnp.isfinite(g), g, 0.0)
             averages = update_averages(averages, g, decays)
             # `plain_update` of the same arguments is the same, only slower.
-            update = fast_update(features, learned, statistics(averages, g, p, pace * state.step))
+            update = fast_update(features, learned, statistics(averages, g, p, t))
             update = multiplier * update  # μP acts here: a hidden weight moves 1/fan_in as far
             return -pace**0.5 * (update + learned.decay * p), averages
 
-        leaves, treedef = jax.tree.flatten(params)
-        moved = [of_tensor(*x) for x in zip(treedef.flatten_up_to(grads), leaves, state.averages,
-                                            multiplier_of_each(update_multipliers, params))]
-        updates = [as_type_of(p, u) for p, (u, _) in zip(leaves, moved)]
-        return treedef.unflatten(updates), LearnedOptimizerState(state.step + 1, tuple(a for _, a in moved))
+        ps, treedef = jax.tree.flatten(params)
+        multipliers = multiplier_of_each(update_multipliers, params)
+        moved = [of_tensor(*x) for x in zip(jax.tree.leaves(grads), ps, state.averages, multipliers)]
+        updates, averages = zip(*moved) if moved else ((), ())
+        return treedef.unflatten(updates), LearnedOptimizerState(state.step + 1, averages)
 
-    return Optimizer(init, sharded(update))
+    return for_any_params(init, update)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -531,20 +541,17 @@ def velo(learned: Learned, update_multipliers: Tree = 1.0, gradient_multiplier: 
                     jnp.asarray(ADAFACTOR_BETAS, jnp.float32))
 
     def init(params: Tree) -> VeLOState:
-        averages = tuple(init_averages(p) for p in jax.tree.leaves(params) if jnp.size(p))
+        averages = tuple(map(init_averages, jax.tree.leaves(params)))
         hidden, cell = (jnp.tile(jnp.asarray(theta[f"lstm_init_state/{name}"], jnp.float32), (len(averages), 1))
                         for name in ("hidden", "cell"))
         return VeLOState(jnp.zeros((), jnp.int32), init_losses(), hidden, cell, averages)
 
     def update(grads: Tree, state: VeLOState, params: Tree, *, value: Array | None = None) -> tuple[Tree, VeLOState]:
         if value is None:
-            raise ValueError("VeLO needs the training loss: call update(grads, state, params, value=loss)")
-        leaves, treedef = jax.tree.flatten(params)
-        present = [i for i, p in enumerate(leaves) if jnp.size(p)]
-        ps = [jnp.asarray(leaves[i], working_type(leaves[i])) for i in present]
-        gs = treedef.flatten_up_to(grads)
-        gs = [jnp.clip(gradient_multiplier * jnp.asarray(gs[i], p.dtype), -1000.0, 1000.0)
-              for i, p in zip(present, ps)]
+            raise ValueError("VeLO needs the training loss: call update(grads, state, params, value=loss); optax's "
+                             "combinators pass it on to optax.GradientTransformationExtraArgs(*optimizer)")
+        ps, treedef = jax.tree.flatten(params)
+        gs = [jnp.clip(gradient_multiplier * g, -1000.0, 1000.0) for g in jax.tree.leaves(grads)]
 
         losses, of_loss = update_losses(state.losses, jnp.asarray(value, jnp.float32), state.step, num_steps)
         x = [tensor_inputs(p, a, state.step / num_steps, of_loss) for p, a in zip(ps, state.averages)]
@@ -553,17 +560,16 @@ def velo(learned: Learned, update_multipliers: Tree = 1.0, gradient_multiplier: 
         lr_mults = layer(theta, "step_size", hidden)[:, 0]
 
         averages = tuple(update_averages(a, g, decays) for a, g in zip(state.averages, gs))
-        multipliers = multiplier_of_each(update_multipliers, params)
-        updates = [jnp.zeros_like(p) for p in leaves]
-        for j, i in enumerate(present):
-            own = learned._replace(theta={name: w[j] for name, w in mlps.items()})
-            update = fast_update(element_inputs, own, statistics(averages[j], gs[j], ps[j], state.step))
-            update = lr_mults[j] * jnp.sqrt(jnp.mean(ps[j] * ps[j]) + 1e-9) * update
+        updates, multipliers = [], multiplier_of_each(update_multipliers, params)
+        for i, (p, g) in enumerate(zip(ps, gs)):
+            own = learned._replace(theta={name: w[i] for name, w in mlps.items()})
+            update = fast_update(element_inputs, own, statistics(averages[i], g, p, state.step))
+            update = lr_mults[i] * jnp.sqrt(jnp.mean(p * p) + 1e-9) * update
             update = multipliers[i] * update  # μP acts here, as in `learned_optimizer`
-            updates[i] = as_type_of(leaves[i], -update - learned.decay * ps[j])
+            updates.append(-update - learned.decay * p)
         return treedef.unflatten(updates), VeLOState(state.step + 1, losses, hidden, cell, averages)
 
-    return Optimizer(init, sharded(update))
+    return for_any_params(init, update)
 
 
 def velo_shapes(lstm_hidden: int, bank: int) -> dict[str, tuple[int, ...]]:
@@ -612,7 +618,7 @@ def check_velo_theta(theta: dict[str, Array]) -> None:
 
 
 class AdamState(NamedTuple):
-    """step: int32, updates made so far. m, v: trees like the params."""
+    """step: int32, updates made so far. m, v: trees like the params, with None for those that are empty."""
     step: Array
     m: Tree
     v: Tree
@@ -637,21 +643,16 @@ def adamw(learning_rate: float | Array | Callable[[Array], Array], *, b1: float 
         t = state.step.astype(jnp.float32) + 1.0
         correction1, correction2 = 1.0 - b1**t, 1.0 - b2**t
 
-        def of_tensor(p: Array, g: Array, m: Array, v: Array, multiplier: float | Array):
-            p32, g = (jnp.asarray(x, working_type(p)) for x in (p, g))
-            m = b1 * m + (1.0 - b1) * g
-            v = b2 * v + (1.0 - b2) * g * g
+        def of_tensor(p: Array, m: Array, v: Array, multiplier: float | Array) -> Array:
             m_hat, v_hat = m / correction1, v / correction2
-            u = -eta * multiplier * (m_hat / (jnp.sqrt(v_hat) + eps) + weight_decay * p32) - decay * p32
-            return as_type_of(p, u), m, v
+            return -eta * multiplier * (m_hat / (jnp.sqrt(v_hat) + eps) + weight_decay * p) - decay * p
 
-        leaves, treedef = jax.tree.flatten(params)
-        moved = [of_tensor(*x) for x in zip(leaves, *map(treedef.flatten_up_to, (grads, state.m, state.v)),
-                                            multiplier_of_each(update_multipliers, params))]
-        updates, m, v = map(treedef.unflatten, list(zip(*moved)) or [()] * 3)
-        return updates, AdamState(state.step + 1, m, v)
+        m = jax.tree.map(lambda m, g: b1 * m + (1.0 - b1) * g, state.m, grads)
+        v = jax.tree.map(lambda v, g: b2 * v + (1.0 - b2) * g * g, state.v, grads)
+        multipliers = jax.tree.unflatten(jax.tree.structure(params), multiplier_of_each(update_multipliers, params))
+        return jax.tree.map(of_tensor, params, m, v, multipliers), AdamState(state.step + 1, m, v)
 
-    return Optimizer(init, sharded(update))
+    return for_any_params(init, update)
 
 
 def warmup_cosine(initial: float, peak: float, final: float, warmup_steps: int,
@@ -696,6 +697,8 @@ def with_cooldown(optimizer: Optimizer, num_steps: int | Array, cooldown: float)
         return optimizer
 
     def update(grads: Tree, state: Any, params: Tree, *, value: Array | None = None) -> tuple[Tree, Any]:
+        if not hasattr(state, "step"):
+            raise ValueError("with_cooldown is for the optimizers of lopt alone: put it inside of optax's combinators")
         updates, after = optimizer.update(grads, state, params, value=value)
         factor = jnp.clip((num_steps - state.step) / (cooldown * num_steps), 0.0, 1.0)
         return jax.tree.map(lambda u: (factor * u).astype(u.dtype), updates), after
@@ -705,6 +708,27 @@ def with_cooldown(optimizer: Optimizer, num_steps: int | Array, cooldown: float)
 
 # ---------------------------------------------------------------------------------------------------------
 # Params of any tree, type, shape and mesh
+
+
+def for_any_params(init: Callable, update: Callable) -> Optimizer:
+    """An optimizer of params of any type, shape and mesh, of one whose trees hold no empty tensor: None stands for it.
+
+    `update` gets gradients and params in the type to compute in; what it returns gets the params' types.
+    """
+    def to_compute_with(tree: Tree, params: Tree) -> Tree:
+        return jax.tree.map(lambda p, x: jnp.asarray(x, working_type(p)) if jnp.size(p) else None, params, tree)
+
+    def as_type_of(p: Array, u: Array | None) -> Array:
+        if u is None:
+            return jnp.zeros_like(p)
+        dtype = jnp.asarray(p).dtype  # integers move by the float32 update: `apply_updates` cuts their sum
+        return u.astype(dtype) if jnp.issubdtype(dtype, jnp.floating) else u
+
+    def of_any(grads: Tree, state: Any, params: Tree, *, value: Array | None = None) -> tuple[Tree, Any]:
+        updates, state = update(to_compute_with(grads, params), state, to_compute_with(params, params), value=value)
+        return jax.tree.map(as_type_of, params, updates), state
+
+    return Optimizer(lambda params: init(jax.tree.map(lambda p: p if jnp.size(p) else None, params)), sharded(of_any))
 
 
 def working_type(p: Array) -> jnp.dtype:
@@ -717,12 +741,6 @@ def working_type(p: Array) -> jnp.dtype:
         raise ValueError(f"params of shape {list(jnp.shape(p))} are complex: wrap the optimizer in "
                          "optax.contrib.split_real_and_imaginary, or split them yourself")
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
-
-
-def as_type_of(p: Array, update: Array) -> Array:
-    """An update in the type of its params; that of integers stays as it is, and `apply_updates` cuts their sum."""
-    dtype = jnp.asarray(p).dtype
-    return update.astype(dtype) if jnp.issubdtype(dtype, jnp.floating) else update
 
 
 def is_on_mesh(x: Array) -> bool:
@@ -760,24 +778,24 @@ def sharded(update: Callable) -> Callable:
     sharded as the params and the state before."""
     @functools.wraps(update)
     def on_mesh(grads: Tree, state: Any, params: Tree, *, value: Array | None = None) -> tuple[Tree, Any]:
+        if params is None:  # as optax passes it on where it was left out
+            raise ValueError("the params are missing: call update(grads, state, params)")
         there = [p for p in jax.tree.leaves(params) if is_on_mesh(p)]
         if not there:
             return update(grads, state, params, value=value)
-        if AxisType.Explicit not in jax.typeof(there[0]).sharding.mesh.axis_types:
+        mesh = jax.typeof(there[0]).sharding.mesh
+        if AxisType.Explicit not in mesh.axis_types:
             moved = update(grads, state, params, value=value)
             return jax.tree.map(lambda x, y: laid_out_as(x, y) if is_on_mesh(x) else y, (params, state), moved)
 
         def layout(x: Array) -> NamedSharding:
-            if is_on_mesh(x):
-                return jax.typeof(x).sharding
-            return NamedSharding(jax.typeof(there[0]).sharding.mesh, PartitionSpec())
+            return jax.typeof(x).sharding if is_on_mesh(x) else NamedSharding(mesh, PartitionSpec())
 
         automatic = jax.sharding.auto_axes(lambda *args: update(*args[:3], value=args[3]),
                                            out_sharding=jax.tree.map(layout, (params, state)))
         traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((grads, state, params, value)))
         # JAX takes the mesh from its context, which a trace may only lend an abstract one.
-        with (jax.sharding.use_abstract_mesh(jax.typeof(there[0]).sharding.mesh) if traced
-              else jax.set_mesh(there[0].sharding.mesh)):
+        with jax.sharding.use_abstract_mesh(mesh) if traced else jax.set_mesh(there[0].sharding.mesh):
             return automatic(grads, state, params, value)
 
     return on_mesh
@@ -831,8 +849,8 @@ def check_shapes(shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[i
 def fast_update(features_of: Callable[[Statistics], list[Feature]], learned: Learned, tensor: Statistics) -> Array:
     """`plain_update`, by the fastest way: in one kernel where JAX's default backend is a GPU, else in chunks.
 
-    The kernel needs Pallas' Triton, which JAX means to drop, and a tensor of more than one weight: in one of a single
-    weight even the time counts as a feature of every weight.
+    The kernel needs Pallas' Triton, which JAX means to drop, a list that `is_made_by_decays`, and a float32 tensor of
+    more than one weight: in one of a single weight even the time counts as a feature of every weight.
     """
     fits = (jax.default_backend() == "gpu" and importlib.util.find_spec("jax.experimental.pallas.triton") is not None
             and tensor.g.size > 1 and tensor.g.dtype == jnp.float32 and is_made_by_decays(features_of))
@@ -860,7 +878,7 @@ def in_chunks(features_of: Callable[[Statistics], list[Feature]], learned: Learn
     shape = tensor.g.shape
     tensor = jax.tree.map(lambda x: _as_oab(x, shape), tensor._replace(t=None))._replace(t=tensor.t)
     *others, rows, columns = tensor.g.shape
-    rows_at_once = max(1, min(rows, CHUNK[jax.default_backend()] // (math.prod(others) * columns)))
+    rows_at_once = max(1, min(rows, CHUNK.get(jax.default_backend(), 2048) // (math.prod(others) * columns)))
     chunks = -(-rows // rows_at_once)
 
     theta, blocks = learned.theta, features_of(tensor)
@@ -1073,23 +1091,16 @@ def _loop(n: int, body: Callable, start: Array) -> Array:
     return body(0, start) if n == 1 else lax.fori_loop(0, n, body, start)
 
 
-def _oab_order(ndim: int, shape: tuple[int, ...]) -> list[int]:
-    """The axes of an array [..., S] of ndim axes: those before S, those of S that become O, then A and B."""
-    lead, (d0, d1) = ndim - len(shape), largest_axes(shape)
-    large = sorted((d0 + ndim, d1 + ndim))
-    return [*range(lead), *(i for i in range(lead, ndim) if i not in large), *large]
-
-
 def _as_oab(x: Array, shape: tuple[int, ...]) -> Array:
     """An array [..., S], S of that shape or of length 1 along some axes, as [..., O, A, B]."""
     if len(shape) < 2:
         return x.reshape(*x.shape[:x.ndim - len(shape)], -1, 1)
-    return x.transpose(_oab_order(x.ndim, shape))
+    return jnp.moveaxis(x, sorted(largest_axes(shape)), (-2, -1))
 
 
 def _from_oab(x: Array, shape: tuple[int, ...]) -> Array:
     """An array [O, A, B] as a tensor of that shape: undoes `_as_oab`."""
-    return x.reshape(shape) if len(shape) < 2 else x.transpose(np.argsort(_oab_order(len(shape), shape)).tolist())
+    return x.reshape(shape) if len(shape) < 2 else jnp.moveaxis(x, (-2, -1), sorted(largest_axes(shape)))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1237,6 +1248,8 @@ def _load_npz(path: pathlib.Path) -> Learned:
             lowest = {"base_width": 0, "decay": 0, "horizon": 0}.get(key, -math.inf)
             if type(x) not in (int, float) or not math.isfinite(x) or x < lowest:
                 raise ValueError(f"{key} is {x!r:.40}, and must be a finite number" + ", not negative" * (lowest == 0))
+            if key in ("base_width", "horizon") and x != int(x):
+                raise ValueError(f"{key} is {x}, and must be a whole number")
         if name not in ("mup", "sp") or architecture not in CHECKS:
             raise ValueError(f"{name!r:.40}, {architecture!r:.40}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
@@ -1317,9 +1330,9 @@ PYLO_LAYERS = {"mix_layer1": "linear", "mix_layer2": "linear_1", "final_mix_laye
 PYLO_BANK = {"input_bias_": "b0", "hidden_weights_.0": "w1", "hidden_bias_.0": "b1", "output_weights_": "w2",
              "output_bias_": "b2"}
 
-MAX_OBJECTS = 1 << 12  # of a msgpack file, nested ones included; VeLO's has about 200
+MAX_OBJECTS = 1 << 12  # of a msgpack file, nested ones included; VeLO's has about 300
 MAX_DEPTH = 16
-MAX_HEADER = 1 << 16  # bytes of a safetensors header; VeLO's has 1,400
+MAX_HEADER = 1 << 16  # bytes of a safetensors header; the larger of VeLO's has 1,176
 DTYPES = ("float32", "float64", "int32", "int64", "uint32", "uint64")
 
 
@@ -1346,14 +1359,10 @@ def checked_array(content: memoryview, shape: Any, dtype: str) -> np.ndarray:
     return np.frombuffer(content, np.dtype(dtype).newbyteorder("<")).astype(dtype).reshape(shape)
 
 
-# The objects of a fixed size, by their first byte: how `struct` reads them
-MSGPACK_NUMBERS = {0xca: ">f", 0xcb: ">d", 0xcc: ">B", 0xcd: ">H", 0xce: ">I", 0xcf: ">Q",
-                   0xd0: ">b", 0xd1: ">h", 0xd2: ">i", 0xd3: ">q"}
-# Those of a given length: the kind, and how `struct` reads the length
-MSGPACK_LENGTHS = {0xc4: ("bin", ">B"), 0xc5: ("bin", ">H"), 0xc6: ("bin", ">I"), 0xc7: ("ext", ">B"),
-                   0xc8: ("ext", ">H"), 0xc9: ("ext", ">I"), 0xd9: ("str", ">B"), 0xda: ("str", ">H"),
-                   0xdb: ("str", ">I"), 0xdc: ("array", ">H"), 0xdd: ("array", ">I"), 0xde: ("map", ">H"),
-                   0xdf: ("map", ">I")}
+# What the first bytes 0xc4, 0xc5, … 0xdf of an object mean: its kind, and how `struct` reads the number that follows,
+# which is the object or its length; the five of a length 1, 2, 4, 8 or 16 have none
+MSGPACK = [(kind, code) for kind, codes in (("bin", "BHI"), ("ext", "BHI"), ("number", "fdBHIQbhiq"), ("ext", "-----"),
+                                            ("str", "BHI"), ("array", "HI"), ("map", "HI")) for code in codes]
 
 
 def read_msgpack(content: bytes | memoryview) -> Any:
@@ -1372,10 +1381,10 @@ def read_msgpack(content: bytes | memoryview) -> Any:
         return view[position - n:position]
 
     def number(code: str) -> int | float:
-        return struct.unpack(code, take(struct.calcsize(code)))[0]
+        return struct.unpack(">" + code, take(struct.calcsize(code)))[0]
 
     def read_ext(length: int, depth: int) -> Any:
-        kind, end = number(">b"), position + length
+        kind, end = number("b"), position + length
         if kind not in (1, 3):
             raise ValueError(f"an extension of type {kind} before byte {position:,} is no array")
         if length > len(view) - position:
@@ -1403,23 +1412,21 @@ def read_msgpack(content: bytes | memoryview) -> Any:
         objects += 1
         if depth > MAX_DEPTH or objects > MAX_OBJECTS:
             raise ValueError(f"it has more than {MAX_DEPTH} levels or {MAX_OBJECTS:,} objects")
-        first = number(">B")
+        first = number("B")
         if first < 0x80 or first >= 0xe0:
             return first if first < 0x80 else first - 0x100
         if first in (0xc0, 0xc2, 0xc3):
             return {0xc0: None, 0xc2: False, 0xc3: True}[first]
-        if first in MSGPACK_NUMBERS:
-            return number(MSGPACK_NUMBERS[first])
+        if first == 0xc1:
+            raise ValueError(f"byte {position - 1:,} is {first:#x}, which begins nothing")
         if first < 0xc0:
             kind, length = (("map", first & 15) if first < 0x90 else ("array", first & 15) if first < 0xa0
                             else ("str", first & 31))
-        elif 0xd4 <= first <= 0xd8:
-            kind, length = "ext", 1 << (first - 0xd4)
-        elif first in MSGPACK_LENGTHS:
-            kind, code = MSGPACK_LENGTHS[first]
-            length = number(code)
         else:
-            raise ValueError(f"byte {position - 1:,} is {first:#x}, which begins nothing")
+            kind, code = MSGPACK[first - 0xc4]
+            length = 1 << first - 0xd4 if code == "-" else number(code)
+        if kind == "number":
+            return length
         if kind == "ext":
             return read_ext(length, depth)
         if kind == "map":
@@ -1449,7 +1456,7 @@ def read_safetensors(content: bytes) -> dict[str, np.ndarray]:
     if not isinstance(header, dict):
         raise ValueError("its header is no map of tensors")
     header.pop("__metadata__", None)
-    data, arrays, spans = memoryview(content)[8 + length:], {}, []
+    data = memoryview(content)[8 + length:]
     for name, entry in header.items():
         offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
         if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(x) is int for x in offsets)
@@ -1457,12 +1464,11 @@ def read_safetensors(content: bytes) -> dict[str, np.ndarray]:
             raise ValueError(f"tensor {name!r:.80} has no data_offsets inside the {len(data):,} bytes of data")
         if entry.get("dtype") != "F32":
             raise ValueError(f"tensor {name!r:.80} is of type {entry.get('dtype')!r:.20}, and must be F32")
-        spans.append(tuple(offsets))
-    if [start for start, _ in sorted(spans)] + [len(data)] != [0] + [end for _, end in sorted(spans)]:
+    spans = sorted(entry["data_offsets"] for entry in header.values())
+    if [start for start, _ in spans] + [len(data)] != [0] + [end for _, end in spans]:
         raise ValueError("its tensors do not fill its data exactly, one after the other")
-    for (name, entry), (start, end) in zip(header.items(), spans):
-        arrays[name] = checked_array(data[start:end], entry.get("shape"), "float32")
-    return arrays
+    return {name: checked_array(data[slice(*entry["data_offsets"])], entry.get("shape"), "float32")
+            for name, entry in header.items()}
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

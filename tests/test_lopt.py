@@ -237,6 +237,15 @@ def test_mlps_of_any_width_and_depth(monkeypatch, tmp_path):
     side_by_side(check, MLPS, (AXES, AXES[:1]))
 
 
+@pytest.mark.parametrize("block, axes", [(lambda t: jnp.abs(t.g), 2), (lambda t: jnp.mean(t.g), 0),
+                                         (lambda t: t.p[None, None], 4)])
+def test_a_feature_of_a_wrong_shape_is_named(block, axes, monkeypatch):
+    own = lopt.features
+    monkeypatch.setattr(lopt, "features", lambda tensor: [*own(tensor), lopt.Feature("mine", block(tensor))])
+    with pytest.raises(ValueError, match=f"the feature 'mine' has {axes} axes"):
+        lopt.init_theta(jax.random.key(0))
+
+
 def test_features_may_be_added(monkeypatch):
     """Those that vary per weight, per row or per column, normalised or not, train as the plain update says."""
     set_chunk(monkeypatch, 20)
@@ -535,6 +544,14 @@ def test_params_of_any_shape(make):
 
 
 @all_optimizers
+def test_params_that_are_left_out_are_asked_for(make):
+    """optax passes them on as None."""
+    optimizer, params = make(), {"w": jnp.ones((2, 3))}
+    with pytest.raises(ValueError, match="the params are missing"):
+        optimizer.update(params, optimizer.init(params), None)
+
+
+@all_optimizers
 def test_complex_params_are_refused(make):
     with pytest.raises(ValueError, match="complex") as error:
         make().init({"w": jnp.ones((2, 3), jnp.complex64)})
@@ -741,6 +758,7 @@ SPOILT = {
     "a step_mult that is not finite": (with_metadata(step_mult=float("nan")), "is nan, and must be a finite"),
     "a negative base width": (with_metadata(base_width=-1), "(base_width is -1, and must be"),
     "a base width that is infinite": (with_metadata(base_width=float("inf")), "(base_width is inf"),
+    "a base width and a half": (with_metadata(base_width=0.5), "(base_width is 0.5, and must be a whole number"),
     "a step_mult that is no float": (with_metadata(step_mult=10**400), "metadata"),
 }
 
@@ -949,6 +967,19 @@ def test_with_a_horizon_a_longer_run_goes_at_a_slower_pace():
         lopt.learned_optimizer(learned, num_steps=0)
 
 
+def test_a_planned_length_may_be_numpy_s_where_float64_is_on(monkeypatch):
+    monkeypatch.setitem(lopt.CHUNK, jax.default_backend(), 20)  # several chunks
+    learned = lopt.Learned(lopt.init_theta(jax.random.key(3)), 0.01, horizon=100)
+    params = jax.random.normal(jax.random.key(1), (8, 6))
+    expected, found = [], []
+    for is_on, num_steps, updates in (False, 400, expected), (True, np.int64(400), found):
+        with jax.enable_x64(is_on):
+            optimizer = lopt.learned_optimizer(learned, num_steps=num_steps)
+            updates.append(jax.jit(optimizer.update)(params, optimizer.init(params), params)[0])
+    assert found[0].dtype == jnp.float32
+    np.testing.assert_allclose(*found, *expected, rtol=1e-5)
+
+
 def test_with_a_cooldown_updates_fall_to_zero_in_a_line():
     """Over the last 0.4 of 10 steps: the update after 6 is whole, after 8 a half, after 10 none; the state is the same."""
     params = {"w": jnp.linspace(-1.0, 1.0, 24).reshape(4, 6), "b": jnp.ones(3, jnp.bfloat16)}
@@ -968,6 +999,10 @@ def test_with_a_cooldown_updates_fall_to_zero_in_a_line():
     state = plain.init(params)._replace(step=jnp.int32(999_999))  # the last of a long run: the factor has all its digits
     whole, last = (x.update(params, state, params)[0]["w"] for x in (plain, lopt.with_cooldown(plain, 1_000_000, 0.4)))
     np.testing.assert_allclose(last, whole / 400_000, rtol=1e-5)
+    of_others = lopt.with_cooldown(lopt.Optimizer(lambda params: (), lambda grads, state, params, value: (grads, state)),
+                                   10, 0.4)
+    with pytest.raises(ValueError, match="inside of optax's combinators"):
+        of_others.update(params, of_others.init(params), params)
     for num_steps, cooldown in (10, 1.5), (10, -0.1), (10, float("nan")), (0, 0.3):
         with pytest.raises(ValueError, match="cooldown is|num_steps is 0"):
             lopt.with_cooldown(plain, num_steps, cooldown)
