@@ -192,10 +192,15 @@ class Tensor(NamedTuple):
         return sum(w > 1 for _, w in self.axes) < 2
 
     @property
+    def may_be_gain(self) -> bool:
+        """True for a tensor that is one number other than 0, or has the name of a gain."""
+        return (bool(self.value) or any(x in self.name for x in ("scale", "gain", "gamma"))
+                or len(self.axes) == 1 and self.name == "weight")
+
+    @property
     def is_gain(self) -> bool:
-        """True for a flat tensor that is one number other than 0, or has the name of a gain."""
-        return self.is_flat and (bool(self.value) or any(x in self.name for x in ("scale", "gain", "gamma"))
-                                 or len(self.axes) == 1 and self.name == "weight")
+        """True for a flat tensor that may be a gain."""
+        return self.is_flat and self.may_be_gain
 
     @property
     def is_shift(self) -> bool:
@@ -209,7 +214,8 @@ def infer(narrow: Tree, wide: Tree, stacked: Tree = False) -> Tree:
     Tensors are arrays or jax.ShapeDtypeStructs. A matrix is [inputs, outputs] but for Equinox's layers, and where
     the bias beside it tells otherwise: flat dicts of PyTorch's [out, in] matrices are to be declared by hand.
     `kind_of` says how kind and fan_in follow from the axes that grow, `start_of` which tensors begin as
-    constants: position embeddings and class tokens are drawn as any input weight. stacked: how many leading
+    constants: position embeddings and class tokens are drawn as any input weight. That an embedding is read out,
+    too, no shape tells: multiply such logits by rules(parametrization, width)["output"].forward. stacked: how many leading
     axes count layers: a number, or a tree of numbers at the nodes that hold such layers, as {"blocks": 1}.
     Without it a constant leading axis is a convolution's. A Weight in `wide` stands for itself. Leaves that are
     no floating-point tensors, such as functions, counters and random keys, become None, as if they had been
@@ -237,6 +243,8 @@ def infer(narrow: Tree, wide: Tree, stacked: Tree = False) -> Tree:
     stacks = {names(path): k for path, k in flat(stacked)}
     layers = {path: type(x).__name__ for path, x in flat(wide, is_leaf=from_equinox) if from_equinox(x)}
     for at, k in stacks.items():
+        if not isinstance(k, int):
+            raise ValueError(f'stacked: {k!r} is no number of axes, as in stacked={{"blocks": 1}}')
         if k and not any(lies_at(path, at) for path in new):
             raise ValueError(f"stacked: there are no tensors at {'/'.join(at)}")
     for path in sorted(old.keys() ^ new.keys(), key=name):
@@ -249,9 +257,13 @@ def infer(narrow: Tree, wide: Tree, stacked: Tree = False) -> Tree:
             raise ValueError(f"{name(path)}: shape {a} cannot grow to {b} with {k:d} stacked axes; give the "
                              "narrow network first, and as `stacked` how many leading axes count layers")
         axes = tuple(zip(a, b))[k:]
-        value = common_value(old[path], x) if sum(w > 1 for w in b[k:]) < 2 or a[k:] == b[k:] else None
         at = path[:-1] if path and getattr(path[-1], "name", "") == "value" else path  # NNX boxes arrays
-        nodes.setdefault(at[:-1], {})[path] = Tensor(name(at[-1:]).lower(), axes, value, layers.get(at[:-1]))
+        nodes.setdefault(at[:-1], {})[path] = Tensor(name(at[-1:]).lower(), axes, common_value(old[path], x),
+                                                        layers.get(at[:-1]))
+    for at, k in stacks.items():
+        if len({x.shape[:k] for path, x in new.items() if lies_at(path, at)}) > 1:
+            raise ValueError(f"stacked: the first {k:d} axes of the tensors at {'/'.join(at) or 'the root'} differ; "
+                             'name the nodes that hold stacked layers, as in stacked={"blocks": 1}')
     if all(n == w for node in nodes.values() for tensor in node.values() for n, w in tensor.axes):
         raise ValueError("nothing grows from the narrow network to the wide one: give two different widths")
     weights = {path: x for path, x in new.items() if isinstance(x, Weight)}
@@ -297,9 +309,13 @@ def kind_of(tensor: Tensor, beside: list[Tensor]) -> tuple[str, int]:
             or tensor.layer and (tensor.name == "bias" or "Norm" in tensor.layer)
             or len(infinite) == 1 and any(map(is_bias_of, beside))):
         return "vector", 1
+    if tensor.may_be_gain:
+        raise ValueError("which leaves open whether it is a gain of several axes")
     if len(infinite) > 2:
         raise ValueError("which are more than two infinite axes")
     biases = [x.axes for x in beside if called_bias(x)]
+    if len(axes) > 2 and 0 not in infinite and axes[0] != (1, 1) and axes[:1] + axes[-1:] in biases:
+        raise ValueError("with a bias for each place of its first axis: give `stacked`, if that counts layers")
     if (tensor.layer not in (None, "Embedding")
             or len(beside) == 1 and biases == [axes[:1]] and axes[0] != axes[-1]):
         return ("hidden" if len(infinite) == 2 else "output" if infinite[0] else "input"), size(axes[1:])[1]
@@ -311,7 +327,7 @@ def kind_of(tensor: Tensor, beside: list[Tensor]) -> tuple[str, int]:
     found = {("hidden" if len(infinite) == 2 else "output" if infinite[0] < i else "input", size(axes[:i])[1])
              for i in divisions}
     if len(found) != 1:
-        raise ValueError("which leaves open which axes are the outputs'")
+        raise ValueError("which leaves open which axes are the outputs' (of stacked layers: give `stacked`)")
     return found.pop()
 
 
@@ -326,7 +342,7 @@ def start_of(tensor: Tensor, beside: list[Tensor]) -> dict[str, float]:
     """
     if tensor.is_gain:
         return {"constant": 1.0 if tensor.value is None else tensor.value}
-    if tensor.is_shift or (len(tensor.axes) == 1 and all(len(x.axes) < 2 for x in beside)
+    if tensor.is_shift or (tensor.is_flat and all(x.is_flat for x in beside)
                            and any(x.is_gain and x.axes == tensor.axes for x in beside)):
         return {"constant": 0.0}
     if len(tensor.axes) == 1 or "bias" in tensor.name or any(n != w for n, w in tensor.axes):
@@ -360,7 +376,8 @@ def gradient_multiplier(weights: Tree, parametrization: Parametrization) -> floa
     read_outs = [w.fan_in for w in jax.tree.leaves(weights) if w.kind == "output"]
     if not read_outs:
         raise ValueError("a base width needs the width of a read-out, and there is no weight of kind 'output': "
-                         "declare one, or give the learned optimizer the multiplier width/base_width yourself")
+                         "declare one, or give the learned optimizer the multiplier width/base_width yourself, as "
+                         "where embeddings are read out, too: see mup.infer")
     return max(read_outs) / parametrization.base_width
 
 

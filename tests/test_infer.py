@@ -209,11 +209,16 @@ def test_stacks_of_stacks():
 
 @pytest.mark.parametrize("tree_of, stacked, message", [
     (lambda n: {"a": {"w": (n, n, n)}}, 0, r"^a/w: \(32, 32, 32\) grows .*than two infinite axes; declare"),
-    (lambda n: [(3, n), (n, 2, 8)], 0, r"^1: .*which axes are the outputs'; declare it as a mup\.Weight\("),
+    (lambda n: [(3, n), (n, 2, 8)], 0, r"^1: .*which axes are the outputs' .*`stacked`\); declare it as a mup\.Weight\("),
     (lambda n: {"w": (n, n), "per_head": (n // 8, n, 8)}, 0, r"^per_head: .*declare it as a mup\.Weight\("),
-    (lambda n: {"torch": (n, n, 3, 3)}, 0, "^torch: .*outputs'; declare"),
-    (lambda n: {"torch": (n, 3, 3, 3)}, 0, "^torch: .*outputs'; declare"),
-    (lambda n: {"qkv": (n, 3, n // 8, 8)}, 0, "^qkv: .*outputs'; declare"),
+    (lambda n: {"torch": (n, n, 3, 3)}, 0, "^torch: .*outputs' .*; declare"),
+    (lambda n: {"torch": (n, 3, 3, 3)}, 0, "^torch: .*outputs' .*; declare"),
+    (lambda n: {"qkv": (n, 3, n // 8, 8)}, 0, "^qkv: .*outputs' .*; declare"),
+    (lambda n: {"w": (n, n), "gain": (4, n // 4)}, 0, r"^gain: .*open whether it is a gain of several axes; declare"),
+    (lambda n: {"up": {"w": (6, n, 4 * n), "b": (6, 4 * n)}}, 0, "^up/w: .*bias for each place .*`stacked`.*; declare"),
+    (lambda n: {"wte": (50, n), "blocks": {"w": (6, n, n)}, "wpe": (16, n)}, 1,
+     r'^stacked: the first 1 axes of the tensors at the root differ.*\{"blocks": 1\}$'),
+    (lambda n: {"w": (n, n)}, "w", "^stacked: 'w' is no number of axes"),
     (lambda n: {"w": (5, 5), "b": (5,)}, 0, "nothing grows .* two different widths"),
     (lambda n: {"w": (n, 5)}, 1, "nothing grows"),
     (lambda n: {}, 0, "nothing grows"),
@@ -258,7 +263,7 @@ def test_gains_and_shifts_of_norms(name, value, constant):
     """By their entries, or by their names where there are none."""
     trees = [shapes({name: (n,), "w": (n, n)}) if value is None
              else {name: jnp.full(n, value, jnp.bfloat16 if value == 1 else jnp.float32),
-                   "w": jnp.ones((n, n))} for n in (N, W)]
+                   "w": jnp.zeros((n, n))} for n in (N, W)]
     found = mup.infer(*trees)
     assert found[name].kind == "vector" and found["w"] == mup.Weight("hidden", (W, W), W)
     assert found[name].constant == (constant if constant is None else pytest.approx(constant))
@@ -267,11 +272,15 @@ def test_gains_and_shifts_of_norms(name, value, constant):
 def test_a_shift_stands_beside_a_gain_and_no_matrix():
     ones, zeros = (lambda n: [f(n) for f in (jnp.ones, jnp.zeros)]), jnp.zeros
     found = mup.infer(*({"norm": ones(n), "layer": [zeros((n, n)), zeros(n)],
-                         "batch_norm": {"scale": jnp.ones((1, 1, 1, n)), "offset": zeros((1, 1, 1, n))}}
+                         "batch_norm": {"scale": jnp.ones((1, 1, 1, n)), "offset": zeros((1, 1, 1, n))},
+                         "group_norm": {"g": jnp.ones((1, 1, 1, n)), "b": zeros((1, 1, 1, n))}}
                         for n in (N, W)))
     assert [w.constant for w in found["norm"] + found["layer"]] == [1.0, 0.0, None, None]
     batch_norm = found["batch_norm"].values()
     assert [(w.kind, w.constant) for w in batch_norm] == [("vector", 0.0), ("vector", 1.0)]
+    assert [found["group_norm"][name].constant for name in "gb"] == [1.0, 0.0]
+    with pytest.raises(ValueError, match="^q_gain: .*a gain of several axes"):
+        mup.infer(*({"q_gain": jnp.ones((n // 16, 16))} for n in (N, W)))
 
 
 def test_random_biases_are_no_gains():
