@@ -9,8 +9,8 @@ an accumulator ξ of all perturbations that the run has felt.
 
 All above the waterline is about one pair, to be called under `over_pairs`, which makes N of it, over all devices.
 
-Four clocks count the steps of an inner run: `run_step`, since the run began; t, since the truncation began;
-`meta_step`, the truncations made; `time` = meta_step · K + t, all steps of the pair.
+Four clocks: `run_step`, the steps of the inner run since it began; t, those since the truncation began; `meta_step`,
+the truncations made; `time` = meta_step · K + t, all steps of the pair.
 
 Sources: PES (arXiv 2112.13835); μLO (arXiv 2406.00153) for the meta-loss, lengths and offsets.
 
@@ -126,12 +126,13 @@ def unroll(inner: Inner, thetas: Array, pair: Pair, key: Array, split: Any, meta
         params, opt_state, loss = jax.vmap(train_step, (0, 0, 0, None, None))(thetas, params, opt_state, batch, length)
         loss = jnp.where(jnp.isfinite(loss), jnp.clip(loss, 0.0, inner.task.max_loss), inner.task.max_loss)  # [2]
 
+        due = run_step >= length
+
         def begin_anew(run):
-            length = draw_length(key, time, settings)
-            fresh = (*begin_run(inner, thetas, key, time, length), jnp.zeros_like(run_step), length)
+            new_length = draw_length(key, time, settings)
+            fresh = (*begin_run(inner, thetas, key, time, new_length), jnp.zeros_like(run_step), new_length)
             return jax.tree.map(lambda new, old: jnp.where(due, new, old), fresh, run)
 
-        due = run_step >= length
         run = params, opt_state, run_step + 1, length
         # Fresh weights are drawn only when this pair, or one that is unrolled side by side with it, needs them.
         run = lax.cond(jnp.any(lax.all_gather(due, SIDE_BY_SIDE)), begin_anew, lambda run: run, run)

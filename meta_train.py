@@ -90,7 +90,7 @@ class Settings(tasks.TaskSettings):
         metavar="W")
 
     pairs: int = of_pes(8, "antithetic pairs of inner runs for each width", low=1, metavar="N")
-    truncation: int = of_pes(50, "inner steps of a meta-step", low=1, metavar="K")
+    truncation: int = of_pes(50, "inner steps of a meta-step", low=2, metavar="K")
     sigma: float = of_pes(0.01, "standard deviation σ of the perturbations", metavar="σ",
                           **SQUARABLE)
     min_length: int = of_pes(100, "shortest inner run, in steps", low=1, metavar="T")
@@ -168,8 +168,10 @@ def check(settings: Settings) -> None:
         need(is_mup or getattr(settings, name) == 1, name, "SP has no multipliers")
     need(is_mup or settings.base_width == 0, "base_width", "SP has none")
     is_velo = settings.optimizer == "velo"
-    need(is_velo or settings.start == "random" or settings.hidden > 1, "start",
-         "needs an MLP with two hidden units at least")
+    for name in ("hidden",) if is_velo else ("lstm_hidden", "bank"):
+        need(getattr(settings, name) == getattr(Settings, name), name, f"{settings.optimizer} has none")
+    need(is_velo or settings.first_theta or settings.start == "random" or settings.hidden > 1,
+         "start", "needs an MLP with two hidden units at least")
     need(not is_velo or not settings.horizon, "horizon", "VeLO has none: it knows the length")
     pace = lopt.pace_of(without_theta(settings), settings.min_length)
     need(settings.decay * pace**0.5 < 1, "decay",
@@ -325,8 +327,8 @@ def make_meta_step(settings: Settings, inner_tasks: Sequence[tasks.Task], mesh: 
 
     learned: what meta-training begins with. splits: the training data of each task. Each device
     holds and unrolls its share of every task's pairs; only the pairs' gradients travel between
-    them. θ is one vector here: with an operation for each of its nine arrays, XLA would take
-    seconds longer to compile.
+    them. θ is one vector here: with an operation for each of its arrays, XLA would take seconds
+    longer to compile.
     """
     pes = es.Settings(settings.sigma, settings.truncation, settings.min_length, settings.max_length,
                       settings.max_offset)
@@ -476,8 +478,10 @@ class Folder:
             raise ValueError(f"--out {self.path}: is a file, not a folder") from None
         except OSError as error:
             raise ValueError(f"--out {self.path}: cannot be written ({error.strerror})") from None
-        for part in self.path.glob(f".*-{self.process}-of-*.part"):  # of a process that was killed
-            part.unlink(missing_ok=True)
+        of_this_process = [f"checkpoint-*-{self.process}-of-*", *OURS[1:] * (self.process == 0)]
+        for name in of_this_process:  # what one that was killed had half written
+            for part in self.path.glob(f".{name}.*.part"):
+                part.unlink(missing_ok=True)
         if self.processes > 1:  # none writes before all have seen what is there
             multihost_utils.sync_global_devices("out")
         self.checkpoint = self.newest() if resume else None
@@ -641,6 +645,7 @@ class Run:
         try:
             yield self
             self._save()
+            self.stopped = self.stopped or next(iter(self.signals), 0)
         except OSError as error:
             raise ValueError(f"{self.folder.metrics_path}: cannot be written ({error.strerror}); "
                              "the last checkpoint is whole, free some space and go on with "
@@ -684,13 +689,11 @@ class Run:
 
     def goes_on(self) -> bool:
         """Whether another meta-step is to be made. All processes stop after the same one."""
-        if self.step == self.settings.meta_steps:
-            return False
         self.stopped = self.signals[0] if self.signals else 0
         if self.folder.processes > 1:  # the signal that any of them has received
             everyone = multihost_utils.process_allgather(np.int32(self.stopped))
             self.stopped = int(np.max(everyone))
-        return not self.stopped
+        return not self.stopped and self.step < self.settings.meta_steps
 
     def record(self, state: MetaState, metrics: Metrics) -> None:
         """Takes what a meta-step has made: writes its metrics and, if it is due, a checkpoint."""
@@ -906,7 +909,8 @@ def draw_meta_loss(folder: Folder) -> None:
     try:
         from matplotlib.figure import Figure
         losses = np.loadtxt(folder.metrics_path, delimiter=",", skiprows=1, usecols=1, ndmin=1)
-        window, figure, image = max(2, len(losses) // 40), Figure((6, 4)), io.BytesIO()
+        figure, image = Figure((6, 4)), io.BytesIO()
+        window = min(len(losses), max(2, len(losses) // 40))
         means = np.convolve(losses, np.full(window, 1 / window), "valid")
         axes = figure.subplots()
         axes.plot(np.arange(len(losses)) + 1, losses, alpha=0.3, label="each meta-step")
@@ -1016,10 +1020,11 @@ def new_folder(name: str) -> pathlib.Path:
     """A folder runs/name-1, runs/name-2, … of this process alone: the first after those there."""
     ends = [path.name.rsplit("-", 1)[1] for path in pathlib.Path("runs").glob(f"{name}-*")]
     taken = max((int(end) for end in ends if end.isdecimal()), default=0)
+    os.makedirs("runs", exist_ok=True)
     for number in itertools.count(taken + 1):
         path = pathlib.Path("runs", f"{name}-{number}")
         with contextlib.suppress(FileExistsError):  # another process was faster
-            path.mkdir(parents=True)
+            path.mkdir()
             return path
 
 
@@ -1057,7 +1062,8 @@ def where_to_begin(settings: Settings, given: dict[str, Any], folder: Folder | N
 
 def announce(settings: Settings, on: str, mesh: Mesh, folder: Folder) -> None:
     """Prints what is meta-trained on what, where it runs and where it begins."""
-    kind = "μLO" if settings.parametrization == "mup" else "SP LO"
+    kind = "VeLO" if settings.optimizer == "velo" else "LO"
+    kind = f"μ{kind}" if settings.parametrization == "mup" else f"SP {kind}"
     where = ""
     if folder.checkpoint:
         where = f"; going on after meta-step {folder.checkpoint.step}"
@@ -1076,8 +1082,9 @@ def run(argv: Sequence[str] | None) -> int:
     if args.preset:
         given = wanted
     settings = Settings(**wanted)
-    check(settings)
     check_flags(flags)
+    if not flags.resume:  # there the settings of the checkpoint count, too
+        check(settings)
     if flags.distributed:
         join_processes(flags)
 
@@ -1100,7 +1107,7 @@ def run(argv: Sequence[str] | None) -> int:
     inner_tasks = [tasks.task_of(one, dataset, width, one.depth, learned.parametrization)
                    for one, dataset, width in sized]
 
-    # Everything else has been checked before the first file is written.
+    # A new run writes its first file here, when all else has been checked.
     if folder is None:
         folder = Folder(flags.out or new_folder(f"{preset}-{settings.parametrization}"), flags)
     began = time.monotonic()
@@ -1111,6 +1118,8 @@ def run(argv: Sequence[str] | None) -> int:
     copies = {name: replicate(dataset.train, mesh) for name, dataset in distinct.items()}
     splits = [copies[id(dataset)] for _, dataset, _ in sized]
     learned, stopped = meta_train(settings, inner_tasks, splits, mesh, learned, folder)
+    if flags.distributed:  # else the other processes wait for the report, for five minutes at most
+        jax.distributed.shutdown()
     if stopped:
         again = shlex.join(["python", "meta_train.py", "--out", str(folder.path), "--resume"])
         print(f"stopped; go on with: {again}", file=sys.stderr)

@@ -156,6 +156,8 @@ META = [
     ("--truncation 200", "--truncation 200: longer than the shortest run"),
     ("--decay 0.4 --horizon 1000", "--decay 0.4: with --horizon 1000, one update of the shortest run"),
     ("--optimizer velo --horizon 1000", "--horizon 1000: VeLO has none"),
+    ("--optimizer velo --hidden 64", "--hidden 64: velo has none"), ("--bank 4", "--bank 4: small_fc_lopt has none"),
+    ("--truncation 1", "--truncation 1: must be"),
     ("--distributed --out new --devices 1", "--devices does not go with --distributed"),
     ("--min-length 3000", "--min-length 3000: longer than the longest run"),
     *each(("max-offset",), *NO_INTEGER, 0, -1, 101, HUGE), *each(("base-width",), *NO_INTEGER, -1, HUGE),
@@ -514,6 +516,43 @@ def test_files_of_others_do_not_matter(finished, tmp_path, monkeypatch, capsys):
     assert results(out) == results(finished)
 
 
+@pytest.mark.parametrize("step", [STEPS - 1, STEPS])
+def test_a_signal_at_the_end_is_heard(step, finished, tmp_path, monkeypatch, capsys):
+    """In the last meta-step, and when that is saved: there is no report, which --resume then makes."""
+    out = tmp_path / "out"
+    at = {STEPS: (meta_train.Folder, "save"), STEPS - 1: (meta_train.Run, "record")}[step]
+    plain = getattr(*at)
+
+    def with_signal(self, state, *others):
+        if int(state.meta_step) == STEPS:
+            signal.raise_signal(signal.SIGTERM)
+        return plain(self, state, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*at, with_signal)
+        assert command(*TINY, "--meta-steps", STEPS, "--out", out) == 128 + signal.SIGTERM
+    assert "stopped; go on with" in capsys.readouterr().err
+    assert command(*RESUME, "--out", out) == 0 and results(out) == results(finished)
+
+
+def test_what_a_killed_process_had_half_written_goes(copy):
+    names = [".theta.npz.7.part", ".metrics.csv.7.part", ".meta-loss.png.7.part", ".checkpoint-00000001-0-of-1.npz.7.part"]
+    others = [".checkpoint-00000001-1-of-2.npz.7.part", ".notes.part"]
+    for name in names + others:
+        (copy / name).write_text("half")
+    assert command(*RESUME, "--out", copy) == 0
+    left = [path.name for path in copy.iterdir()]
+    assert set(left) >= set(others) and not set(left) & set(names)
+
+
+def test_runs_that_is_no_folder_is_one_line(tmp_path, monkeypatch, capsys):
+    """Such as a link to a disk that is not there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(tmp_path / "absent")
+    assert command(*TINY, "--meta-steps", 1) == 2
+    assert "runs" in one_line(capsys)
+
+
 def test_runs_that_begin_at_once_have_a_folder_each(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "laptop-mup-4").mkdir(parents=True)
@@ -552,6 +591,7 @@ def test_devices_follow_the_settings_of_the_checkpoint(copy, monkeypatch):
 
 
 def test_more_meta_steps_go_on_and_fewer_are_refused(finished, copy, capsys):
+    assert command(*RESUME, "--out", copy, "--min-length", 4) == 0  # as it was, though shorter than the preset's K
     before = contents(copy)
     assert command(*RESUME, "--out", copy, "--meta-steps", STEPS - 1) == 2
     assert f"--meta-steps {STEPS - 1}: can only grow" in one_line(capsys)

@@ -127,7 +127,21 @@ def test_velo_is_meta_trained_by_the_same_loop(dataset, tmp_path):
     small = dataclasses.replace(SETTINGS, start="adam", hidden=1)
     with pytest.raises(ValueError, match="--start adam: needs an MLP with two"):
         meta_train.check(small)
-    meta_train.check(dataclasses.replace(small, optimizer="velo"))  # whose MLPs have sizes of their own
+    meta_train.check(dataclasses.replace(small, first_theta="its own start"))
+
+
+@pytest.mark.parametrize("losses", [[2.5], [2.5, 2.0], [2.0] * 90])
+def test_the_mean_of_the_meta_loss_is_drawn_at_its_meta_steps(losses, tmp_path, monkeypatch):
+    axes, drawn = pytest.importorskip("matplotlib.axes").Axes, []
+    monkeypatch.setattr(axes, "plot", lambda self, x, y, **kwargs: drawn.append((np.asarray(x), np.asarray(y))))
+    monkeypatch.setattr(axes, "legend", lambda self: None)
+    folder = meta_train.Folder(tmp_path, meta_train.RunFlags())
+    folder.metrics_path.write_text("meta_step,meta_loss\n" + "".join(f"{i + 1},{x}\n" for i, x in enumerate(losses)))
+    meta_train.draw_meta_loss(folder)
+    _, (steps, means) = drawn
+    window = min(len(losses), 2)
+    assert steps.tolist() == list(range(window, len(losses) + 1))
+    np.testing.assert_allclose(means, [np.mean(losses[i - window:i]) for i in steps])
 
 
 def test_the_adam_start_is_adam_beside_a_small_rest():
