@@ -17,8 +17,8 @@ A run has diverged when its final training loss is not finite or above 1.5 ln(cl
 ln(classes).
 
 OUT/NAME.partial.jsonl keeps all results until the CSV is written: an evaluation that was killed
-goes on when the same command is given again. The figure comes last; if it cannot be drawn, that is
-a warning, and the exit code is still 0.
+before goes on when the same command is given again. The figure comes last; if it cannot be drawn,
+that is a warning, and the exit code is still 0.
 
 Sources: μLO (arXiv 2406.00153) for the experiments; TP5 = "Tensor Programs V" (arXiv 2203.03466)
 for μAdam, what is tuned of it, and the coordinate check.
@@ -82,78 +82,75 @@ class Hyper(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """An optimizer in its parametrization: a learned optimizer, or Adam where `learned` is None.
+    """An optimizer in its parametrization: a baseline, or a learned one.
 
-    start: where tuning begins. factors: {field of `Hyper`: ratio of neighbours on its grid}, in
-    tuning order; those of a learned optimizer are multipliers, as factors of its own. cosine:
-    whether Adam's learning rate falls to 0 by a cosine over the planned steps. cooldown: the share
-    of a run over whose end the updates of a learned optimizer fall to 0.
+    make(task, hyper, num_steps) → the optimizer of a run of so many steps. start: where tuning
+    begins. factors: {field of `Hyper`: ratio of neighbours on its grid}, in tuning order; the
+    multipliers among them are factors of the parametrization's own. learned: the θ, if it has one.
     """
     name: str
     parametrization: mup.Parametrization
-    learned: lopt.Learned | None = None
+    make: Callable[[tasks.Task, Hyper, int], lopt.Optimizer]
     start: Hyper = Hyper()
     factors: dict[str, float] = {}
-    cosine: bool = False
-    cooldown: float = 0.0
+    learned: lopt.Learned | None = None
 
     def on(self, task_in: TaskIn, hyper: Hyper) -> tuple[tasks.Task, MakeOptimizer]:
         """The task in the contender's parametrization, and the contender's optimizer there."""
-        if self.learned is not None:
-            own = self.parametrization
-            task = task_in(own._replace(**{field: getattr(own, field) * getattr(hyper, field)
-                                           for field in self.factors}))
-            return task, lambda num_steps: lopt.with_cooldown(
-                tasks.optimizer_for(task, self.learned, num_steps), num_steps, self.cooldown)
-        learning_rate, weight_decay, *multipliers = hyper
-        task = task_in(mup.Parametrization(self.parametrization.name, *multipliers))
+        own = self.parametrization
+        task = task_in(own._replace(**{field: getattr(own, field) * getattr(hyper, field)
+                                       for field in self.factors if field in own._fields}))
+        return task, functools.partial(self.make, task, hyper)
 
-        def adam(num_steps: int) -> lopt.Optimizer:
-            rate = lopt.warmup_cosine(
-                initial=0.0, peak=learning_rate, final=0.0, warmup_steps=0,
-                decay_steps=num_steps) if self.cosine else learning_rate
-            return lopt.adamw(rate, weight_decay=weight_decay,
-                              update_multipliers=task.update_multipliers)
 
-        return task, adam
+def adam(task: tasks.Task, hyper: Hyper, num_steps: int, cosine: bool = False) -> lopt.Optimizer:
+    """AdamW, in μP μAdam. cosine: its learning rate falls to 0 by a cosine over the run."""
+    rate = lopt.warmup_cosine(initial=0.0, peak=hyper.learning_rate, final=0.0, warmup_steps=0,
+                              decay_steps=num_steps) if cosine else hyper.learning_rate
+    return lopt.adamw(rate, weight_decay=hyper.weight_decay,
+                      update_multipliers=task.update_multipliers)
+
+
+def of_theta(learned: lopt.Learned, cooldown: float, task: tasks.Task, hyper: Hyper,
+             num_steps: int) -> lopt.Optimizer:
+    """A learned optimizer whose updates fall to 0 over the last share `cooldown` of the run."""
+    optimizer = tasks.optimizer_for(task, learned, num_steps)
+    return lopt.with_cooldown(optimizer, num_steps, cooldown)
 
 
 # μAdam multiplies hidden updates by hidden_lr_mult/fan_in, so its hidden_lr_mult is about a width.
 WITH_DECAY = dict(start=Hyper(1e-3, 0.1), factors={"learning_rate": 2.0, "weight_decay": 4.0})
 BASELINES = {contender.name: contender for contender in (
-    Contender("adamw", mup.SP, factors={"learning_rate": 2.0}),
-    Contender("adamw_decay", mup.SP, **WITH_DECAY),
-    Contender("adamw_cosine", mup.SP, **WITH_DECAY, cosine=True),
-    Contender("muadam", mup.MUP, start=Hyper(8e-3, 0.0, 1.0, 16.0, 16.0),
+    Contender("adamw", mup.SP, adam, factors={"learning_rate": 2.0}),
+    Contender("adamw_decay", mup.SP, adam, **WITH_DECAY),
+    Contender("adamw_cosine", mup.SP, functools.partial(adam, cosine=True), **WITH_DECAY),
+    Contender("muadam", mup.MUP, adam, start=Hyper(8e-3, 0.0, 1.0, 16.0, 16.0),
               factors={"learning_rate": 2.0, "hidden_lr_mult": 4.0, "output_mult": 4.0,
                        "input_mult": 2.0}))}
 
 
-def load_contenders(paths: Sequence[str], baselines: Sequence[str],
-                    decay: float | None = None, cooldown: float = 0.0,
-                    tuned: Sequence[str] = ()) -> list[Contender]:
-    """The θ of these files, named by file (by the path, where names repeat), then the baselines.
+def load_contenders(settings: "Settings") -> list[Contender]:
+    """The θ of the settings, then the baselines.
 
-    decay: of all θ, in place of their own. cooldown: of all θ. tuned: the multipliers to be tuned
-    of θ in μP. Raises ValueError where any is given and there is no such θ.
+    A θ has the name of its file, or its path where another has that name. Raises ValueError where
+    the multipliers of θ in μP are to be tuned and there is none.
     """
-    stems, contenders = [pathlib.Path(path).stem for path in paths], []
-    for path, stem in zip(paths, stems):
-        learned = lopt.load(path)
+    stems, contenders = [pathlib.Path(path).stem for path in settings.theta], []
+    in_place = {name: value for name in ("step_mult", "decay")  # of θ's own
+                if (value := getattr(settings, name)) is not None}
+    for path, stem in zip(settings.theta, stems):
+        learned = lopt.load(path)._replace(**in_place)
         if "published" in learned.made:
             print(f"{path}: {learned.made['published']}", file=sys.stderr)
-        if decay is not None:
-            learned = learned._replace(decay=decay)
-        name = stem if stems.count(stem) == 1 else path.removesuffix(".npz")
-        factors = dict.fromkeys(tuned if learned.parametrization.name == "mup" else (), 2.0)
-        contenders.append(Contender(name, learned.parametrization, learned, factors=factors,
-                                    cooldown=cooldown))
-    for flag, value in (("--decay", decay), ("--cooldown", cooldown or None)):
-        if value is not None and not paths:
-            raise ValueError(f"{flag} {value:g}: there is no --theta that it would be for")
-    if tuned and not any(contender.factors for contender in contenders):
-        raise ValueError(f"--tune-theta {' '.join(tuned)}: there is no --theta in μP to be tuned")
-    return contenders + [BASELINES[name] for name in baselines]
+        name = stem if [*stems, *settings.baselines].count(stem) == 1 else path
+        is_mup = learned.parametrization.name == "mup"
+        contenders.append(Contender(
+            name, learned.parametrization, functools.partial(of_theta, learned, settings.cooldown),
+            factors=dict.fromkeys(settings.tune_theta if is_mup else (), 2.0), learned=learned))
+    if settings.tune_theta and not any(contender.factors for contender in contenders):
+        raise ValueError(f"--tune-theta {' '.join(settings.tune_theta)}: there is no --theta in μP "
+                         "to be tuned")
+    return contenders + [BASELINES[name] for name in settings.baselines]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -259,6 +256,8 @@ class Settings(tasks.TaskSettings):
     baselines: tuple[str, ...] = setting((), "adamw: AdamW in SP, without weight decay; "
                                          "adamw_decay: with it; adamw_cosine: also with a cosine "
                                          "to 0; muadam: Adam in μP", choices=tuple(BASELINES))
+    step_mult: float | None = setting(None, "factor of all updates of a θ, in place of the θ's own",
+                                      above=0, below=1e18, metavar="c")
     decay: float | None = setting(None, "share of the weights that each update of a θ takes away, "
                                   "in place of the θ's own", low=0, below=1, metavar="λ")
     cooldown: float = setting(0.0, "share of each run over whose end the updates of a θ fall to 0",
@@ -276,7 +275,8 @@ class Settings(tasks.TaskSettings):
                                               "25000 if not given)", metavar="T", **COUNT)
     seeds: int = setting(3, "inner runs of each optimizer", metavar="S", **COUNT)
     tune: str = setting("transfer", "baselines at the first width, depth and length, for all; "
-                        "per-width: their learning rate and weight decay at each; both: both ways",
+                        "per-width: their learning rate and weight decay at each; both: both ways; "
+                        "none: as they are, not tuned",
                         choices=("transfer", "per-width", "both", "none"))
     tune_steps: int | None = setting(None, "inner steps of tuning (those of the run if not given)",
                                      metavar="T", **COUNT)
@@ -547,9 +547,16 @@ def label(words: Sequence[Any], separator: str = ", ") -> str:
 
 
 def widths_of_meta_training(contenders: Sequence[Contender]) -> list[int]:
-    """The narrowest and the widest network of meta-training, of all θ; empty if none is known."""
-    found = [width for contender in contenders if contender.learned is not None
-             for width in contender.learned.made.get("settings", {}).get("widths", [])]
+    """The narrowest and the widest network of meta-training, of all θ and those that they began
+    with; empty if none is known, and where θ saw further tasks, which have widths of their own."""
+    made, found = [one.learned.made for one in contenders if one.learned is not None], []
+    for one in made:  # which grows
+        settings = one.get("settings", {})
+        if settings.get("also"):
+            return []
+        found += settings.get("widths", [])
+        if "origin" in one:
+            made.append(one["origin"])
     return [min(found), max(found)] if found else []
 
 
@@ -571,9 +578,10 @@ def name_lines(axis: Any, lines: dict[tuple, list[Row]], y: str) -> None:
     # at its last finite value; a line without one is named at the top
     ends = [([top, *(row[y] for row in rows if math.isfinite(row[y]))][-1], f"C{i % 10}", name)
             for i, (name, rows) in enumerate(lines.items())]
-    below = math.inf
-    for end, color, name in sorted(ends, key=lambda end: -end[0]):
-        below = min(end, below - 0.055 * (top - bottom))
+    gap, below = 0.055 * (top - bottom), math.inf
+    for still, (end, color, name) in zip(range(len(ends))[::-1],
+                                         sorted(ends, key=lambda end: -end[0])):
+        below = max(min(end, below - gap), bottom + gap * still)  # room for those still to come
         axis.annotate(label(name), (1, below), (5, 0), ("axes fraction", "data"), "offset points",
                       color=color, va="center", fontsize=8, annotation_clip=False)
 
@@ -583,6 +591,7 @@ def figure(sweep: str, rows: list[Row], title: str, known: Sequence[int] = ()) -
     import matplotlib.figure
 
     x, y, by_panel, by_line = FIGURES[sweep]
+    rows = sorted(rows, key=lambda row: row[x])  # lines go from left to right
     check, panels = sweep == "coordinate-check", groups(rows, *by_panel)
     across = len(groups(rows, "layer")) if check else min(3, len(panels))
     down, inches = math.ceil(len(panels) / across), 2.2 if check else 4.5
@@ -596,7 +605,8 @@ def figure(sweep: str, rows: list[Row], title: str, known: Sequence[int] = ()) -
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=7)
         axis.minorticks_off()
-        axis.set_yscale("log" if check else "linear")
+        changes = check and any(0 < row[y] < math.inf for row in rows)
+        axis.set_yscale("log" if changes else "linear")
         axis.set_title(label(name, "\n") if check else label((*by_panel, *name), " "), fontsize=7)
         axis.grid(alpha=0.3)
         if sweep == "width" and known:
@@ -604,11 +614,13 @@ def figure(sweep: str, rows: list[Row], title: str, known: Sequence[int] = ()) -
             axis.annotate("widths of meta-training", (known[0], 0), (3, 4),
                           ("data", "axes fraction"), "offset points", fontsize=7)
     for axis in axes[len(panels):]:
-        axis.set_visible(False)
+        axis.remove()
+    for axis in axes[len(panels) - across:len(panels)]:  # the lowest of each column
+        axis.tick_params(labelbottom=True)
     if check:
         axes[0].legend(fontsize=7, title="step", title_fontsize=7)
     else:  # in the last panel; all have the same colours
-        name_lines(axis, lines, y)
+        name_lines(axes[len(panels) - 1], lines, y)
     drawing.suptitle(f"{title} (×: diverged)", fontsize=9)
     drawing.supxlabel(x, fontsize=9)
     drawing.supylabel("RMS change of pre-activations" if check else "training loss", fontsize=9)
@@ -619,6 +631,10 @@ def figure(sweep: str, rows: list[Row], title: str, known: Sequence[int] = ()) -
 
 # --------------------------------------------------------------------------------------------------
 # What an evaluation has measured so far
+
+
+# how a journal calls what differs and is no setting
+OTHER = {"data": "another data set", "checksums": "another θ in a file of the same name"}
 
 
 class Journal:
@@ -650,8 +666,8 @@ class Journal:
         try:
             before, now = json.loads(first), json.loads(json.dumps(settings))
             self.results = {json.dumps(key): result for key, result in map(json.loads, lines)}
-            wrong = [f"{tasks.flag(name)} {before[name]}, not {now[name]}"
-                     for name in now if before[name] != now[name]]
+            wrong = [OTHER.get(name) or f"{tasks.flag(name)} {before[name]}, not {now[name]}"
+                     for name in before | now if before[name] != now[name]]
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"{path}: is damaged, or of another version; move it away") from None
         if wrong:
@@ -669,13 +685,13 @@ class Journal:
             raise ValueError(f"{self.path}: cannot be written ({error.strerror}); free some space, "
                              "and the same command goes on") from None
 
-    def remember(self, whose: tuple[int, str], tell: Callable[[str], None],
+    def remember(self, whose: str, tell: Callable[[str], None],
                  function: Callable) -> Callable:
         """The function, whose results are kept here. tell: is told what is being worked out."""
         def recalled(size: Size, hyper: Hyper) -> Any:
-            key = [*whose, function.__name__, size, hyper]
+            key = [whose, function.__name__, size, hyper]
             if (name := json.dumps(key)) not in self.results:
-                tell(f"{function.__name__} {whose[1]} at width {size.width}, depth {size.depth}, "
+                tell(f"{function.__name__} {whose} at width {size.width}, depth {size.depth}, "
                      f"{size.steps:,} steps")
                 self.results[name] = function(size, hyper)
                 self.append([key, self.results[name]])
@@ -712,18 +728,21 @@ OTHER_TASKS = f"--theta {BASE_WIDTH} {BOTH} --tune per-width --tune-seeds 1 --se
 TUNED = (f"--theta {BASE_WIDTH} --tune-theta input_mult output_mult hidden_lr_mult --tune-seeds 4 "
          "--seeds 2")
 THREE_WIDTHS = "--widths 32 128 512"
-# horizon, decay and cooldown, ours
+# ours: horizon, decay, cooldown, and larger updates
 COOLDOWN = "--cooldown 0.3"
 COOLED = f"{COOLDOWN} --baselines adamw_cosine --tune per-width"
 PLANNED = ("--sweep horizon --theta {results}/mulo_m_long.npz {results}/lo_m_long.npz --seeds 5 "
            f"--lengths 1000 3000 10000 25000 {CIFAR}")
 PLANNED_COOLED = (f"{PLANNED} {COOLDOWN} --baselines adamw_decay adamw_cosine --tune per-width "
                   "--tune-seeds 2")
+LARGER = f"--sweep horizon --decay 1.2e-3 {COOLDOWN} {CIFAR} --seeds 5 --lengths 3000 10000 25000"
 EXPERIMENTS = {
     "width": f"--sweep width {THREE} --baselines adamw {CIFAR} --tune both --tune-seeds 2 "
              "--seeds 5 --widths 32 64 128 256 512 1024 2048 4096",
     "width-cooldown": f"--sweep width {THREE} {COOLED} {CIFAR} --tune-seeds 2 --seeds 5 "
                       "--widths 32 64 128 256 512 1024 2048 4096",
+    "width-step-mult": f"--sweep width --theta {BASE_WIDTH} {COOLDOWN} --step-mult 0.004 {CIFAR} "
+                       "--seeds 4 --widths 32 64 128 256 512 1024 2048",
     "width-others": f"--sweep width --theta {PAIR_S} {{results}}/mulo_m_long.npz "
                     f"--baselines muadam {CIFAR} --tune both --tune-seeds 2 --seeds 5 {THREE_WIDTHS}",
     "width-seeds": f"--sweep width {BOTH_MULO_M} --baselines adamw {CIFAR} --tune per-width "
@@ -747,6 +766,10 @@ EXPERIMENTS = {
     "horizon-no-cooldown": f"{PLANNED} --widths 128 512",
     "horizon-decay": "--sweep horizon --theta {results}/mulo_m_long.npz --decay 1.5e-3 "
                      f"{COOLDOWN} {CIFAR} --seeds 5 --widths 128 512 --lengths 3000 10000 25000",
+    "horizon-step-mult": "--theta {results}/mulo_m_long.npz --step-mult 0.004 --widths 128 512 "
+                         f"{LARGER}",
+    "horizon-step-mult-lo": "--theta {results}/lo_m_long.npz --step-mult 0.0013333 --widths 128 "
+                            f"{LARGER}",
     "pre-activations": f"--sweep coordinate-check {THREE} {CIFAR} --steps 500 --seeds 2 "
                        f"{THREE_WIDTHS}",
     "coordinate-check": f"--sweep coordinate-check --theta {PAIR_S} {{results}}/mulo_m.npz "
@@ -815,8 +838,15 @@ def settings_of(args: argparse.Namespace) -> Settings:
     for name in ("theta", "baselines", "tune_theta", "depths", "lengths"):
         if len(set(values := getattr(settings, name))) < len(values):
             raise ValueError(f"{tasks.flag(name)} {' '.join(map(str, values))}: one is given twice")
-    if settings.tune_theta and settings.tune == "none":
-        raise ValueError(f"--tune-theta {' '.join(settings.tune_theta)}: --tune none tunes nothing")
+    tuned = settings.tune != "none" and (settings.baselines or settings.tune_theta)
+    for name in ("tune_theta", "tune_steps", "tune_seeds"):
+        if name in given and not tuned:
+            raise ValueError(f"{tasks.flag(name)}: nothing is tuned here, by --tune none or for want "
+                             "of --baselines and --tune-theta")
+    for name in ("step_mult", "decay", "cooldown"):
+        if name in given and not settings.theta:
+            raise ValueError(f"{tasks.flag(name)} {given[name]:g}: there is no --theta that it would "
+                             "be for")
     if not settings.theta and not settings.baselines:
         raise ValueError("nothing to evaluate: give a --theta, or --baselines, or --reproduce")
     if settings.sweep == "coordinate-check" and len(settings.widths) < 2:
@@ -829,7 +859,7 @@ def prepare(argv: Sequence[str] | None) -> Plan:
     args = make_parser().parse_args(argv)
     settings, output = settings_of(args), Output(**tasks.given_flags(args, Output))
     name = settings.sweep if output.name is None else output.name
-    if name != pathlib.PurePath(name).name:
+    if not name or name != pathlib.PurePath(name).name:
         raise ValueError(f"--name {name!r}: must be the beginning of a file name")
     if output.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib, which is missing: pip install matplotlib, or "
@@ -838,8 +868,7 @@ def prepare(argv: Sequence[str] | None) -> Plan:
     endings |= {"curves": "-curves.csv"} if settings.sweep == "horizon" else {}
     endings |= {"figure": ".png"} if output.plot else {}
     folder = pathlib.Path(output.out or "runs/evaluate")
-    return Plan(settings, load_contenders(settings.theta, settings.baselines, settings.decay,
-                                          settings.cooldown, settings.tune_theta),
+    return Plan(settings, load_contenders(settings),
                 {kind: folder / (name + ending) for kind, ending in endings.items()},
                 folder / f"{name}.partial.jsonl", bool(args.download))
 
@@ -891,11 +920,11 @@ def load(plans: Sequence[Plan]) -> list[tasks.Dataset]:
 
 
 def record(settings: Settings, dataset: tasks.Dataset) -> dict[str, Any]:
-    """The settings as a journal holds them: θ with checksums, the data set with its statistics."""
-    theta = {path: hashlib.sha256(b"".join(map(pathlib.Path.read_bytes, lopt.theta_files(path))))
-             .hexdigest() for path in settings.theta}
+    """What a journal holds of an evaluation: its settings, checksums of θ, statistics of the data."""
+    checksums = {path: hashlib.sha256(b"".join(map(pathlib.Path.read_bytes, lopt.theta_files(path))))
+                 .hexdigest() for path in settings.theta}
     data = [dataset.name, dataset.train.inputs.shape, dataset.mean, dataset.std]
-    return dataclasses.asdict(settings) | {"theta": theta, "dataset": data}
+    return dataclasses.asdict(settings) | {"checksums": checksums, "data": data}
 
 
 def measure(plan: Plan, dataset: tasks.Dataset, journal: Journal) -> Rows:
@@ -905,9 +934,8 @@ def measure(plan: Plan, dataset: tasks.Dataset, journal: Journal) -> Rows:
     bar = {} if terminal else {"disable": True}  # a log gets the lines alone
     with tqdm.tqdm(total=len(plan.contenders) * len(settings.sizes), desc=settings.sweep,
                    unit="job", **bar) as progress:
-        for i, contender in enumerate(plan.contenders):
-            remember = functools.partial(journal.remember, (i, contender.name),
-                                         progress.set_postfix_str)
+        for contender in plan.contenders:
+            remember = functools.partial(journal.remember, contender.name, progress.set_postfix_str)
             for new in sweep(settings, dataset, contender, remember):
                 for kind in new:
                     rows.setdefault(kind, []).extend(new[kind])

@@ -7,8 +7,8 @@ An optimizer is a pair of pure functions, as in optax: `init(params) -> state` a
 `update(grads, state, params, *, value=None) -> (updates, state)`, applied by `params + updates` on any pytree.
 
 The learned optimizer is small_fc_lopt ("small fully connected learned optimizer"). From each weight's gradient g, its
-value p, three kinds of decaying averages and the step t it builds 39 features; an MLP with weights θ, the same for all weights of a
-network, turns them into a direction d and a log-magnitude s:
+value p, three kinds of decaying averages and the step t it builds 39 features; an MLP with weights θ, the same for all
+weights of a network, turns them into a direction d and a log-magnitude s:
 
     update = step_mult · d · exp(exp_mult · s),      p ← p − update_multiplier · update
 

@@ -214,12 +214,12 @@ def infer(narrow: Tree, wide: Tree, stacked: Tree = False) -> Tree:
     Tensors are arrays or jax.ShapeDtypeStructs. A matrix is [inputs, outputs] but for Equinox's layers, and where
     the bias beside it tells otherwise: flat dicts of PyTorch's [out, in] matrices are to be declared by hand.
     `kind_of` says how kind and fan_in follow from the axes that grow, `start_of` which tensors begin as
-    constants: position embeddings and class tokens are drawn as any input weight. That an embedding is read out,
-    too, no shape tells: multiply such logits by rules(parametrization, width)["output"].forward. stacked: how many leading
-    axes count layers: a number, or a tree of numbers at the nodes that hold such layers, as {"blocks": 1}.
-    Without it a constant leading axis is a convolution's. A Weight in `wide` stands for itself. Leaves that are
-    no floating-point tensors, such as functions, counters and random keys, become None, as if they had been
-    filtered out.
+    constants: position embeddings and class tokens are drawn as any input weight. That an embedding is read
+    out, too, no shape tells: multiply such logits by rules(parametrization, width)["output"].forward.
+    stacked: how many leading axes count layers: a number, or a tree of numbers at the nodes that hold such
+    layers, as {"blocks": 1}. Without it a constant leading axis is a convolution's. A Weight in `wide` stands
+    for itself. Leaves that are no floating-point tensors, such as functions, counters and random keys, become
+    None, as if they had been filtered out.
 
     Raises ValueError, in one line that names the tensor, for what the shapes leave open.
     """
@@ -310,7 +310,7 @@ def kind_of(tensor: Tensor, beside: list[Tensor]) -> tuple[str, int]:
             or len(infinite) == 1 and any(map(is_bias_of, beside))):
         return "vector", 1
     if tensor.may_be_gain:
-        raise ValueError("which leaves open whether it is a gain of several axes")
+        raise ValueError("which leaves open whether it is a gain of several axes (a vector with constant=1.0)")
     if len(infinite) > 2:
         raise ValueError("which are more than two infinite axes")
     biases = [x.axes for x in beside if called_bias(x)]

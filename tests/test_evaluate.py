@@ -4,6 +4,7 @@ import csv
 import errno
 import functools
 import json
+import math
 import sys
 import types
 
@@ -90,7 +91,8 @@ def test_losses_are_those_of_tasks_train(dataset):
                                   jax.random.key_data(evaluate.seed_keys(jax.random.key(3), 5)[:2]))
     muadam = BASELINES["muadam"]
     parametrization = mup.Parametrization("mup", *muadam.start[2:])
-    learned = evaluate.Contender("mine", parametrization, lopt.Learned(lopt.init_theta(keys[0]), 0.01))
+    learned = evaluate.Contender("mine", parametrization, functools.partial(
+        evaluate.of_theta, lopt.Learned(lopt.init_theta(keys[0]), 0.01), 0.0))
 
     def in_sweep(contender):
         train, _ = evaluate.compiled(contender, task_in, 3, 2)
@@ -176,7 +178,7 @@ def test_each_theta_runs_by_its_metadata_and_divergence_is_no_nan(theta, tmp_pat
     assert "nan" not in capsys.readouterr().out + (tmp_path / "width.csv").read_text()
     parametrization = mup.Parametrization("mup", 1.0, 3.0, 1.0, 8)
     lopt.save(wild, learned._replace(parametrization=parametrization))
-    [contender] = evaluate.load_contenders([str(wild)], [])
+    [contender] = evaluate.load_contenders(evaluate.Settings(theta=(str(wild),)))
     monkeypatch.setattr(lopt, "learned_optimizer", lambda *given: given)
     task_in = lambda found: types.SimpleNamespace(name=found, update_multipliers="some", gradient_multiplier=4.0)
     task, make_optimizer = contender.on(task_in, contender.start)
@@ -305,9 +307,12 @@ def test_missing_matplotlib_is_said_at_once(theta, tmp_path, monkeypatch, capsys
     (["--baselines", "sgd"], "invalid choice: 'sgd'"),
     (["--baselines", "adamw", "adamw"], "--baselines adamw adamw: one is given twice"),
     (["--baselines", "adamw", "--decay", "1e-3"], "--decay 0.001: there is no --theta"),
+    (["--baselines", "adamw", "--step-mult", "0.02"], "--step-mult 0.02: there is no --theta"),
     (["--baselines", "adamw", "--cooldown", "0.3"], "--cooldown 0.3: there is no --theta"),
     (["--baselines", "adamw", "--cooldown", "1.5"], "--cooldown 1.5: must be between 0 and 1"),
-    (["--baselines", "adamw", "--tune", "none", "--tune-theta", "input_mult"], "--tune none tunes nothing"),
+    *[(["--baselines", "adamw", "--tune", "none", *more], f"{more[0]}: nothing is tuned here") for more in (
+        ("--tune-theta", "input_mult"), ("--tune-steps", "3"), ("--tune-seeds", "2"))],
+    (["--theta", "a.npz", "--tune-seeds", "2"], "--tune-seeds: nothing is tuned here"),
     (["--baselines", "adamw", "--tune-theta", "input_mult"], "--tune-theta input_mult: there is no --theta in μP"),
     (["--baselines", "adamw", "--tune-theta", "input_mult", "input_mult"], "input_mult input_mult: one is given twice"),
     (["--sweep", "length"], "invalid choice: 'length'"),
@@ -324,6 +329,7 @@ def test_missing_matplotlib_is_said_at_once(theta, tmp_path, monkeypatch, capsys
     (["--baselines", "adamw", "--sweep", "horizon", "--lengths", "3", "3"], "--lengths 3 3: one is given twice"),
     (["--baselines", "adamw", "--sweep", "coordinate-check", "--widths", "8"], "needs two or more"),
     (["--baselines", "adamw", "--name", "a/b"], "--name 'a/b': must be the beginning of a file name"),
+    (["--baselines", "adamw", "--name", ""], "--name '': must be the beginning of a file name"),
     (["--baselines", "adamw", "--seed", "-1"], "--seed -1: must be between"),
     (["--baselines", "adamw", "--heads", "0"], "--heads 0: must be at least 1"),
     (["--baselines", "adamw", "--task", "vit", "--heads", "3", "--patch", "2"], "heads 3 does not fit width 32"),
@@ -338,13 +344,15 @@ def test_bad_flags_are_one_line(argv, message, tmp_path, capsys, monkeypatch):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_decay_takes_the_place_of_each_theta_s_own(theta):
-    *flags, width = "--sweep", "horizon", "--theta", theta, "--baselines", "adamw", "--widths", "4"
-    for more, expected in ((), 0.0), (("--decay", "0.25"), 0.25):
-        mine, adamw = evaluate.prepare([*flags, width, *more]).contenders
-        assert mine.learned.decay == expected and adamw == evaluate.BASELINES["adamw"]
-    with pytest.raises(ValueError, match="--decay"):
-        evaluate.prepare([*flags, width, "--decay", "1"])
+def test_a_decay_and_a_step_mult_take_the_place_of_each_theta_s_own(theta):
+    flags = "--sweep", "horizon", "--theta", theta, "--baselines", "adamw", "--widths", "4"
+    for more, expected in (((), (0.01, 0.0)), (("--decay", "0.25"), (0.01, 0.25)),
+                           (("--step-mult", "0.04"), (0.04, 0.0))):
+        mine, adamw = evaluate.prepare([*flags, *more]).contenders
+        assert (mine.learned.step_mult, mine.learned.decay) == expected and adamw == evaluate.BASELINES["adamw"]
+    for wrong in ("--decay", "1"), ("--step-mult", "0"):
+        with pytest.raises(ValueError, match=wrong[0]):
+            evaluate.prepare([*flags, *wrong])
 
 
 def test_a_cooldown_is_that_of_each_theta_alone(theta, dataset):
@@ -448,6 +456,49 @@ ONE = ["--widths", "8", "--depth", "1", "--batch-size", "8", "--seeds", "1", "--
 
 
 @pytest.fixture
+def written(monkeypatch):
+    """What is written into a figure: (text, its axes, its place), in the order of writing."""
+    axes, found = pytest.importorskip("matplotlib.axes").Axes, []
+    annotate = axes.annotate
+
+    def remember(axis, text, at, *args, **kwargs):
+        found.append((text, axis, at))
+        return annotate(axis, text, at, *args, **kwargs)
+
+    monkeypatch.setattr(axes, "annotate", remember)
+    return found
+
+
+def rows_of(losses, **others):
+    """Rows of one optimizer for each name, with a loss at each number of steps."""
+    return [{"optimizer": name, "tuned": "-", "width": 8, "depth": 1, "steps": steps, "loss": loss} | others
+            for name, by_steps in losses.items() for steps, loss in by_steps.items()]
+
+
+def test_lines_are_named_where_they_end(written):
+    """At the longest run, though it was not the last; in the last panel, though its row is not full; all inside."""
+    evaluate.figure("horizon", rows_of({"a": {300: 1.0, 100: 2.0}, "b": {300: 1.5, 100: 1.8}}), "title")
+    assert [(text, y) for text, _, (_, y) in written] == [("b", 1.5), ("a", 1.0)]
+    written.clear()
+    evaluate.figure("horizon", [row for width in (4, 8, 12, 16) for row in rows_of({"a": {1: 2.0, 2: 1.0}}, width=width)],
+                    "title")
+    [(_, axis, _)] = written
+    assert axis.get_title() == "width 16" and axis.figure is not None
+    assert [one.xaxis.get_tick_params()["labelbottom"] for one in axis.figure.axes] == [False, True, True, True]
+    written.clear()
+    evaluate.figure("horizon", rows_of({f"{i}": {1: 9.0, 2: 1.0 + i / 1000} for i in range(16)}), "title")
+    heights = [y for _, _, (_, y) in written]
+    assert min(heights) >= written[0][1].get_ylim()[0] and heights == sorted(heights, reverse=True)
+
+
+def test_a_coordinate_check_without_a_finite_change_is_drawn():
+    pytest.importorskip("matplotlib")
+    rows = [{"optimizer": "a", "tuned": "-", "layer": "logits", "step": 1, "width": width, "rms_change": math.inf}
+            for width in (8, 16)]
+    assert evaluate.figure("coordinate-check", rows, "title").startswith(b"\x89PNG")
+
+
+@pytest.fixture
 def trained(monkeypatch):
     """Training that takes no time: its losses follow from the hyperparameters. The list of what has been trained."""
     made = []
@@ -525,15 +576,32 @@ def test_results_of_other_settings_are_not_mixed(trained, theta, tmp_path, monke
         error = capsys.readouterr().err
         assert culprit in error and str(journal) in error and error.count("\n") == 1
     lopt.save(theta, lopt.load(theta)._replace(step_mult=0.02))  # another θ in a file of the same name
-    assert command(*argv) == 2 and "--theta" in capsys.readouterr().err
+    assert command(*argv) == 2 and "another θ in a file" in capsys.readouterr().err
     assert journal.read_bytes() == before
-    for damage in (b"[1]\n", b"{}\n[[0], 1]\n", b"\xff\n{}\n", before[:40] + before[41:]):
+    for damage in (b"[1]\n", before.replace(b"{", b'{"clipping": 3, ', 1), b"{}\n[[0], 1]\n", b"\xff\n{}\n", before[:40] + before[41:]):
         journal.write_bytes(damage)
         if damage != b"[1]\n":  # a single line holds no results
             assert command(*argv) == 2
             error = capsys.readouterr().err
             assert str(journal) in error and error.count("\n") == 1
             assert journal.read_bytes() == damage
+
+
+def test_contenders_have_names_of_their_own(theta, tmp_path):
+    paths = [str(tmp_path / name) for name in ("x.npz", "x", "adamw.npz", "mine.npz")]
+    for path in paths:
+        lopt.save(path, lopt.load(theta))
+    named = [one.name for one in evaluate.prepare(["--theta", *paths, "--baselines", "adamw"]).contenders]
+    assert named == [*paths[:3], "mine", "adamw"]
+
+
+def test_the_widths_of_meta_training_are_those_of_all_of_it(theta):
+    learned = lopt.load(theta)
+    widths_of = lambda **made: evaluate.widths_of_meta_training([
+        evaluate.Contender("mine", mup.MUP, None, learned=learned._replace(made=made)), BASELINES["adamw"]])
+    assert widths_of(settings={"widths": [8, 16]}) == [8, 16] and widths_of() == []
+    assert widths_of(settings={"widths": [8]}, origin={"settings": {"widths": [4, 32]}, "origin": {}}) == [4, 32]
+    assert widths_of(settings={"widths": [8], "also": ["--widths 64"]}) == []
 
 
 def test_of_two_at_once_the_second_is_refused(trained, tmp_path, capsys):
@@ -596,19 +664,16 @@ def test_a_figure_that_fails_is_a_warning(trained, tmp_path, monkeypatch, capsys
     assert [path.name for path in tmp_path.iterdir()] == ["width.csv"] and len(read(tmp_path / "width.csv")) == 1
 
 
-def test_names_of_files_are_drawn_as_they_are(theta, tmp_path, monkeypatch, capsys):
-    axes = pytest.importorskip("matplotlib.axes").Axes
+def test_names_of_files_are_drawn_as_they_are(theta, tmp_path, written, monkeypatch, capsys):
     names = ["a$b_^$c", "_best", "µ\udcff"]  # the last is a byte that is no UTF-8
     for name in names:
         lopt.save(tmp_path / f"{name}.npz", lopt.load(theta))
-    written, annotate = [], axes.annotate
-    monkeypatch.setattr(axes, "annotate", lambda *args, **kwargs: written.append(annotate(*args, **kwargs)))
     monkeypatch.setattr(evaluate, "sweep", lambda settings, dataset, contender, remember: iter([{"table": [
         {"optimizer": contender.name, "tuned": "-", "width": 8, "depth": 1, "steps": 2, "loss": 2.0}]}]))
     paths = [tmp_path / f"{name}.npz" for name in names]
     assert command(*ONE, "--theta", *paths, "--plot", "--out", tmp_path) == 0
     assert "warning" not in capsys.readouterr().err
-    texts = [text.get_text().strip().replace("\\$", "$") for text in written]
+    texts = [text.strip().replace("\\$", "$") for text, *_ in written]
     assert texts == ["a$b_^$c", "_best", "µ?"] and (tmp_path / "width.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "width.csv").read_bytes().count("µ".encode() + b"\xff,-,8,1") == 1
 

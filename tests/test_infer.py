@@ -214,7 +214,7 @@ def test_stacks_of_stacks():
     (lambda n: {"torch": (n, n, 3, 3)}, 0, "^torch: .*outputs' .*; declare"),
     (lambda n: {"torch": (n, 3, 3, 3)}, 0, "^torch: .*outputs' .*; declare"),
     (lambda n: {"qkv": (n, 3, n // 8, 8)}, 0, "^qkv: .*outputs' .*; declare"),
-    (lambda n: {"w": (n, n), "gain": (4, n // 4)}, 0, r"^gain: .*open whether it is a gain of several axes; declare"),
+    (lambda n: {"w": (n, n), "gain": (4, n // 4)}, 0, r"^gain: .*open whether it is a gain of several axes .*; declare"),
     (lambda n: {"up": {"w": (6, n, 4 * n), "b": (6, 4 * n)}}, 0, "^up/w: .*bias for each place .*`stacked`.*; declare"),
     (lambda n: {"wte": (50, n), "blocks": {"w": (6, n, n)}, "wpe": (16, n)}, 1,
      r'^stacked: the first 1 axes of the tensors at the root differ.*\{"blocks": 1\}$'),
