@@ -143,7 +143,7 @@ def test_the_reference_theta_is_the_same_from_all_of_its_files(tmp_path, referen
                                                    for name in ("VeLO_MLP", "VeLO_RNN")]
     plan = evaluate.prepare(["--theta", str(tmp_path / "pair")])
     dataset = types.SimpleNamespace(name="none", train=types.SimpleNamespace(inputs=np.zeros(1)), mean=0, std=1)
-    assert len(evaluate.record(plan.settings, dataset)["theta"][str(tmp_path / "pair")]) == 64  # a checksum of both
+    assert len(evaluate.record(plan.settings, dataset)["checksums"][str(tmp_path / "pair")]) == 64  # a checksum of both
     lopt.write_npz(tmp_path / "x.npz", reference)
     assert_same(lopt.read_npz(tmp_path / "x.npz", 1 << 20), reference)
 
