@@ -287,7 +287,8 @@ def kind_of(tensor: Tensor, beside: list[Tensor]) -> tuple[str, int]:
     [W, heads, size], if a bias [heads, size] stands beside, which is a vector; without one, and unless the last
     two axes are the infinite ones, it must hold for one division of the axes, at both widths, that fan_in =
     fan_out. The outputs come first, [out, in, …], in Equinox's layers, and where the one tensor beside is a
-    bias that has the length of the first axis and not of the last. Raises ValueError for what is still open.
+    bias that has the length of the first axis and not of the last. Raises ValueError for what is still open,
+    and for what may be a gain of several axes or, by its bias, a stack of layers.
     """
     axes, infinite = tensor.axes, [i for i, (n, w) in enumerate(tensor.axes) if n != w]
 
