@@ -272,19 +272,15 @@ def feature_count() -> int:
 @functools.cache
 def block_sizes(features_of: Callable[[Statistics], list[Feature]]) -> list[int]:
     """How many features each block of a list has; nothing is computed for it. Raises ValueError for a wrong shape."""
-    names = []
-
     def blocks() -> list[Array]:
         made = features_of(of_one_weight())
-        names.extend(feature.name for feature in made)
+        for name, values, _ in made:
+            if (axes := jnp.ndim(values)) != 3:
+                raise ValueError(f"the feature {name!r} has {axes} axes for a tensor of 2, and must have 3, [f, *S]: "
+                                 "x[None] is a block of one feature")
         return [feature.values for feature in made]
 
-    shapes = [block.shape for block in jax.eval_shape(blocks)]
-    for name, shape in zip(names, shapes):
-        if len(shape) != 3:
-            raise ValueError(f"the feature {name!r} has {len(shape)} axes for a tensor of 2, and must have 3, [f, *S]: "
-                             "x[None] is a block of one feature")
-    return [shape[0] for shape in shapes]
+    return [block.shape[0] for block in jax.eval_shape(blocks)]
 
 
 def of_one_weight() -> Statistics:

@@ -627,7 +627,7 @@ class Run:
         self.settings, self.learned, self.folder = settings, learned, folder
         self.about = learned.made | {"theta": {name: x.shape for name, x in learned.theta.items()}}
         self.every, self.unit = parse_every(folder.flags.checkpoint_every)
-        self.signals: list[int] = []
+        self.received = 0  # the signal that this process has received
         self.stopped = 0
         self.pending: list[tuple[int, Metrics]] = []  # meta-steps whose rows are to be written
         self.metrics_file: io.TextIOBase = io.StringIO()  # of no use but in process 0
@@ -645,7 +645,7 @@ class Run:
         try:
             yield self
             self._save()
-            self.stopped = self.stopped or next(iter(self.signals), 0)
+            self.stopped = self.stopped or self.received
         except OSError as error:
             raise ValueError(f"{self.folder.metrics_path}: cannot be written ({error.strerror}); "
                              "the last checkpoint is whole, free some space and go on with "
@@ -665,9 +665,9 @@ class Run:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self.signals:  # the second time at once
+        if self.received:  # the second time at once
             raise KeyboardInterrupt
-        self.signals.append(number)
+        self.received = number
 
     def restore_or(self, state: MetaState) -> MetaState:
         """The state to begin with, or that of the checkpoint; saved, to see that there is room."""
@@ -689,7 +689,7 @@ class Run:
 
     def goes_on(self) -> bool:
         """Whether another meta-step is to be made. All processes stop after the same one."""
-        self.stopped = self.signals[0] if self.signals else 0
+        self.stopped = self.received
         if self.folder.processes > 1:  # the signal that any of them has received
             everyone = multihost_utils.process_allgather(np.int32(self.stopped))
             self.stopped = int(np.max(everyone))

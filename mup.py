@@ -259,7 +259,7 @@ def infer(narrow: Tree, wide: Tree, stacked: Tree = False) -> Tree:
         axes = tuple(zip(a, b))[k:]
         at = path[:-1] if path and getattr(path[-1], "name", "") == "value" else path  # NNX boxes arrays
         nodes.setdefault(at[:-1], {})[path] = Tensor(name(at[-1:]).lower(), axes, common_value(old[path], x),
-                                                        layers.get(at[:-1]))
+                                                     layers.get(at[:-1]))
     for at, k in stacks.items():
         if len({x.shape[:k] for path, x in new.items() if lies_at(path, at)}) > 1:
             raise ValueError(f"stacked: the first {k:d} axes of the tensors at {'/'.join(at) or 'the root'} differ; "
@@ -356,8 +356,12 @@ def start_of(tensor: Tensor, beside: list[Tensor]) -> dict[str, float]:
 
 def common_value(*tensors: Any) -> float | None:
     """The number that all entries of these tensors are; None if there are several, or none is known."""
-    known = [jax.device_get(x) for x in tensors if hasattr(x, "min") and not isinstance(x, jax.core.Tracer)]
-    values = {float(y) for x in known if jnp.issubdtype(x.dtype, jnp.floating) for y in (x.min(), x.max())}
+    values = set()
+    for x in tensors:
+        is_known = hasattr(x, "min") and not isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.floating)
+        if is_known and len(values) < 2:  # a large one is not fetched where a small one has told
+            x = jax.device_get(x)
+            values |= {float(x.min()), float(x.max())}
     return values.pop() if len(values) == 1 else None
 
 

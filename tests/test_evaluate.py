@@ -578,7 +578,8 @@ def test_results_of_other_settings_are_not_mixed(trained, theta, tmp_path, monke
     lopt.save(theta, lopt.load(theta)._replace(step_mult=0.02))  # another θ in a file of the same name
     assert command(*argv) == 2 and "another θ in a file" in capsys.readouterr().err
     assert journal.read_bytes() == before
-    for damage in (b"[1]\n", before.replace(b"{", b'{"clipping": 3, ', 1), b"{}\n[[0], 1]\n", b"\xff\n{}\n", before[:40] + before[41:]):
+    of_a_later_version = before.replace(b"{", b'{"clipping": 3, ', 1)
+    for damage in b"[1]\n", of_a_later_version, b"{}\n[[0], 1]\n", b"\xff\n{}\n", before[:40] + before[41:]:
         journal.write_bytes(damage)
         if damage != b"[1]\n":  # a single line holds no results
             assert command(*argv) == 2

@@ -516,12 +516,10 @@ def test_files_of_others_do_not_matter(finished, tmp_path, monkeypatch, capsys):
     assert results(out) == results(finished)
 
 
-@pytest.mark.parametrize("step", [STEPS - 1, STEPS])
-def test_a_signal_at_the_end_is_heard(step, finished, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("at", [(meta_train.Run, "record"), (meta_train.Folder, "save")])
+def test_a_signal_at_the_end_is_heard(at, finished, tmp_path, monkeypatch, capsys):
     """In the last meta-step, and when that is saved: there is no report, which --resume then makes."""
-    out = tmp_path / "out"
-    at = {STEPS: (meta_train.Folder, "save"), STEPS - 1: (meta_train.Run, "record")}[step]
-    plain = getattr(*at)
+    out, plain = tmp_path / "out", getattr(*at)
 
     def with_signal(self, state, *others):
         if int(state.meta_step) == STEPS:
