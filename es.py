@@ -9,14 +9,15 @@ an accumulator ξ of all perturbations that the run has felt.
 
 All above the waterline is about one pair, to be called under `over_pairs`, which makes N of it, over all devices.
 
-Four clocks: `run_step`, the steps of the inner run since it began; t, those since the truncation began; `meta_step`,
-the truncations made; `time` = meta_step · K + t, all steps of the pair.
+Four clocks: `run_step`, the steps of the inner run since it began (a pair's first run begins at an offset); t, those
+since the truncation began; `meta_step`, the truncations made; `time` = meta_step · K + t, all steps of the pair.
 
 Sources: PES (arXiv 2112.13835); μLO (arXiv 2406.00153) for the meta-loss, lengths and offsets.
 
 Dimensions: N pairs, 2 signs (θ+ε, θ−ε), K inner steps of a truncation, P numbers of θ.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -64,8 +65,8 @@ class Pair(NamedTuple):
     length: Array
 
 
-def truncation(inner: Inner, theta: Array, pair: Pair, key: Array, split: Any, meta_step: Array,
-               settings: Settings) -> tuple[tuple[Array, Array], Pair]:
+def truncation(inner: Inner, settings: Settings, key: Array, pair: Pair, theta: Array, split: Any,
+               meta_step: Array) -> tuple[tuple[Array, Array], Pair]:
     """One truncation of a pair: ((its estimate of the meta-gradient [P], its mean loss), the pair after it).
 
     key: the pair's own, from `pair_keys`. split: the data, for task.sample.
@@ -114,55 +115,53 @@ def unroll(inner: Inner, thetas: Array, pair: Pair, key: Array, split: Any, meta
     the step's own batch *before* its update, clipped to [0, max_loss], and is max_loss where it is not finite. after
     marks the steps from the first new beginning on. thetas: θ ± ε [2, P].
     """
-    def train_step(theta, params, opt_state, batch, length):
-        loss, grads = jax.value_and_grad(inner.task.loss)(params, batch)
-        updates, opt_state = inner.optimizer(theta, length).update(grads, opt_state, params, value=loss)
-        return apply_updates(params, updates), opt_state, loss
-
     def inner_step(carry, t):
-        (params, opt_state, run_step, length), began = carry
+        pair, began = carry
         time = meta_step * settings.truncation + t
         batch = inner.task.sample(draw_key(key, "batch", time), split)
-        params, opt_state, loss = jax.vmap(train_step, (0, 0, 0, None, None))(thetas, params, opt_state, batch, length)
+
+        def train_step(theta, params, opt_state):
+            loss, grads = jax.value_and_grad(inner.task.loss)(params, batch)
+            updates, opt_state = inner.optimizer(theta, pair.length).update(grads, opt_state, params, value=loss)
+            return apply_updates(params, updates), opt_state, loss
+
+        params, opt_state, loss = jax.vmap(train_step)(thetas, pair.params, pair.opt_state)
         loss = jnp.where(jnp.isfinite(loss), jnp.clip(loss, 0.0, inner.task.max_loss), inner.task.max_loss)  # [2]
 
-        due = run_step >= length
+        due = pair.run_step >= pair.length
 
-        def begin_anew(run):
-            new_length = draw_length(key, time, settings)
-            fresh = (*begin_run(inner, thetas, key, time, new_length), jnp.zeros_like(run_step), new_length)
-            return jax.tree.map(lambda new, old: jnp.where(due, new, old), fresh, run)
+        def begin_anew(pair):
+            fresh = begin_run(inner, thetas, key, time, settings)._replace(xi=pair.xi)
+            return jax.tree.map(lambda new, old: jnp.where(due, new, old), fresh, pair)
 
-        run = params, opt_state, run_step + 1, length
+        moved = pair._replace(params=params, opt_state=opt_state, run_step=pair.run_step + 1)
         # Fresh weights are drawn only when this pair, or one that is unrolled side by side with it, needs them.
-        run = lax.cond(jnp.any(lax.all_gather(due, SIDE_BY_SIDE)), begin_anew, lambda run: run, run)
-        return (run, began | due), (loss, ~due, began | due)
+        moved = lax.cond(lax.pmax(due, SIDE_BY_SIDE), begin_anew, lambda pair: pair, moved)
+        return (moved, began | due), (loss, ~due, began | due)
 
-    run = pair.params, pair.opt_state, pair.run_step, pair.length
-    (run, _), recorded = lax.scan(inner_step, (run, jnp.zeros((), bool)), jnp.arange(settings.truncation))
-    params, opt_state, run_step, length = run
-    return Pair(params, opt_state, pair.xi, run_step, length), *recorded
+    (pair, _), recorded = lax.scan(inner_step, (pair, jnp.zeros((), bool)), jnp.arange(settings.truncation))
+    return pair, *recorded
 
 
 def begin(inner: Inner, theta: Array, key: Array, settings: Settings) -> Pair:
-    """A pair at the start of its first run: ξ = 0, and run_step a random offset U{0, …, max_offset−1}.
+    """A pair at the start of its first run, with a random offset U{0, …, max_offset−1} for its run_step.
 
     The offsets keep pairs from beginning anew in lockstep. Where all lengths are the same, that needs offsets up to the
     length, or all pairs are in the same phase of training for ever.
     """
     time = jnp.int32(-1)  # before the first step, so that no later draw repeats these
-    length = draw_length(key, time, settings)
-    params, opt_state = begin_run(inner, jnp.stack([theta, theta]), key, time, length)
     max_offset = settings.truncation if settings.max_offset is None else settings.max_offset
     offset = jax.random.randint(draw_key(key, "offset", time), (), 0, max_offset)
-    return Pair(params, opt_state, jnp.zeros_like(theta), offset, length)
+    return begin_run(inner, jnp.stack([theta, theta]), key, time, settings)._replace(run_step=offset)
 
 
-def begin_run(inner: Inner, thetas: Array, key: Array, time: Array, length: Array) -> tuple[Tree, Any]:
-    """Fresh weights, the same for both signs, and the optimizer's state for them: leaves [2, …]."""
+def begin_run(inner: Inner, thetas: Array, key: Array, time: Array, settings: Settings) -> Pair:
+    """A pair at the start of a run: fresh weights, the same for both signs, the optimizer's state for them, ξ = 0."""
+    length = draw_length(key, time, settings)
     params = inner.task.init(draw_key(key, "start", time))
     opt_state = jax.vmap(lambda theta: inner.optimizer(theta, length).init(params))(thetas)
-    return jax.tree.map(lambda x: jnp.stack([x, x]), params), opt_state
+    both = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+    return Pair(both, opt_state, jnp.zeros_like(thetas[0]), jnp.zeros_like(length), length)
 
 
 def draw_length(key: Array, time: Array, settings: Settings) -> Array:
@@ -179,9 +178,12 @@ SIDE_BY_SIDE = "side by side"  # the name of the axis of pairs that are unrolled
 DRAWS = ("eps", "start", "length", "batch", "offset")
 
 
-def draw_key(key: Array, purpose: str, time: Array) -> Array:
-    """The key of one draw of a pair: it depends on the pair's key, the purpose and the time alone."""
-    return jax.random.fold_in(jax.random.fold_in(key, DRAWS.index(purpose)), time)
+def draw_key(key: Array, purpose: str, when: Array) -> Array:
+    """The key of one draw of a pair: it depends on the pair's key, the purpose and the time alone.
+
+    when: `meta_step` for what is drawn once in a truncation, else `time`.
+    """
+    return jax.random.fold_in(jax.random.fold_in(key, DRAWS.index(purpose)), when)
 
 
 def pair_keys(key: Array, pairs: Array) -> Array:
@@ -195,19 +197,18 @@ def over_pairs(function: Callable, mesh: Mesh | None = None) -> Callable:
     function(key, pair, *everywhere) → (values, pair). The function that is returned takes keys [N], pairs with leaves
     [N, …] (or None) and the same arguments everywhere; it returns (the mean over all pairs of the values, pairs).
 
-    A device takes its pairs one by one on a CPU, where the state of one then stays in the cache, a reset costs nothing
-    when none is due, and rounding does not depend on how many there are (with jax below 0.11; since then XLA rounds
-    otherwise for one pair than for several); on an accelerator, which needs the parallel work, all side by side. Each
-    pair's values are computed where the pair is, gathered on every device, and averaged there in the order of the
-    pairs, so that no sum depends on the number of devices: the smallest change would grow, since PES divides
-    differences of losses by σ².
+    A device takes its pairs one by one on a CPU, where the state of one then stays in the cache and a reset costs
+    nothing when none is due; on an accelerator, which needs the parallel work, all side by side. Each pair's values are
+    computed where the pair is, gathered on every device, and averaged there in the order of the pairs, so that no sum
+    depends on the number of devices: the smallest change grows, since PES divides differences of losses by σ². How XLA
+    rounds one pair may still depend on how many a device has.
     """
     def on_device(keys, pairs, *everywhere):
         at_once = 1 if jax.default_backend() == "cpu" else len(keys)
         side_by_side = jax.vmap(lambda key, pair: function(key, pair, *everywhere), axis_name=SIDE_BY_SIDE)
         blocks = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), (keys, pairs))
         values, pairs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]),
-                                     one_by_one(lambda block: side_by_side(*block), blocks))
+                                     lax.map(lambda block: side_by_side(*block), blocks))
         return values if mesh is None else lax.all_gather(values, mesh.axis_names[0], tiled=True), pairs
 
     def mapped(keys, pairs, *everywhere):
@@ -220,24 +221,6 @@ def over_pairs(function: Callable, mesh: Mesh | None = None) -> Callable:
         return jax.tree.map(lambda x: jnp.mean(x, axis=0), values), pairs
 
     return mapped
-
-
-def one_by_one(function: Callable[[Tree], Tree], xs: Tree) -> Tree:
-    """`lax.map`, but a loop also where there is one x alone: leaves [n, …] → leaves [n, …].
-
-    XLA would unroll a loop of a single pass, and round otherwise than in a longer one; so it must not know the number.
-    """
-    n = jax.tree.leaves(xs)[0].shape[0]
-
-    def at(i):  # x[i] would handle indices out of range, too, which takes long to compile
-        return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 0, False, allow_negative_indices=False), xs)
-
-    def write(i, ys):
-        return jax.tree.map(lambda y, new: lax.dynamic_update_index_in_dim(y, new, i, 0, allow_negative_indices=False),
-                            ys, function(at(i)))
-
-    start = jax.tree.map(lambda y: jnp.zeros((n, *y.shape), y.dtype), jax.eval_shape(function, at(0)))
-    return lax.fori_loop(0, lax.optimization_barrier(jnp.int32(n)), write, start)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -286,7 +269,7 @@ def independent_estimates(inner: Inner, theta: Array, keys: Array, truncations: 
     """
     def one_pair(key):
         def meta_step(pair, step):
-            (gradient, _), pair = truncation(inner, theta, pair, key, None, step, settings)
+            (gradient, _), pair = truncation(inner, settings, key, pair, theta, None, step)
             return pair if persistent else forget(pair), gradient
 
         _, gradients = lax.scan(meta_step, begin(inner, theta, key, settings), jnp.arange(truncations))
@@ -314,11 +297,11 @@ def exact_gradient(inner: Inner, theta: Array, keys: Array, truncations: int, se
 def follow(inner: Inner, theta: Array, keys: Array, meta_steps: int, learning_rate: float, settings: Settings, *,
            persistent: bool) -> tuple[Array, Array]:
     """Gradient descent on θ by PES, or by truncated ES: (θ before each meta-step [M, P], its mean loss [M])."""
-    estimate = over_pairs(lambda key, pair, theta, step: truncation(inner, theta, pair, key, None, step, settings))
+    estimate = over_pairs(functools.partial(truncation, inner, settings))
 
     def meta_step(carry, step):
         theta, pairs = carry
-        (gradient, loss), pairs = estimate(keys, pairs, theta, step)
+        (gradient, loss), pairs = estimate(keys, pairs, theta, None, step)
         return (theta - learning_rate * gradient, pairs if persistent else forget(pairs)), (theta, loss)
 
     def run(theta):

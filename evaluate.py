@@ -72,7 +72,7 @@ class Size(NamedTuple):
 
 
 class Hyper(NamedTuple):
-    """What is tuned of a baseline: its learning rate and weight decay, and the multipliers that μP
+    """What is tuned of a contender: its learning rate and weight decay, and the multipliers that μP
     leaves free."""
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
@@ -599,14 +599,14 @@ def figure(sweep: str, rows: list[Row], title: str, known: Sequence[int] = ()) -
     drawing = matplotlib.figure.Figure(size, dpi=120, layout="constrained")
     axes = drawing.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
     ticks = sorted({int(row[x]) for row in rows})
+    scale = "log" if check and any(0 < row[y] < math.inf for row in rows) else "linear"
     for axis, (name, group) in zip(axes, panels.items()):
         lines = groups(group, *by_line)
         draw_lines(axis, lines, x, y)
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=7)
         axis.minorticks_off()
-        changes = check and any(0 < row[y] < math.inf for row in rows)
-        axis.set_yscale("log" if changes else "linear")
+        axis.set_yscale(scale)
         axis.set_title(label(name, "\n") if check else label((*by_panel, *name), " "), fontsize=7)
         axis.grid(alpha=0.3)
         if sweep == "width" and known:
@@ -793,15 +793,6 @@ QUICK = {"quick": f"--sweep width {THREE} --baselines adamw {THREE_WIDTHS} --ste
 # Command line
 
 
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """Where the results go, and in which form; each field is a flag, too."""
-    out: str | None = setting(None, "folder for the results (runs/evaluate if not given, "
-                              "runs/reproduced with --reproduce)", metavar="DIR")
-    name: str | None = setting(None, "of the files in --out (that of the sweep if not given)")
-    plot: bool = setting(False, "also draw a PNG; needs matplotlib")
-
-
 class Plan(NamedTuple):
     """A checked command line. outputs: {what it holds: file to be written}, NAME.csv the first."""
     settings: Settings
@@ -816,7 +807,10 @@ def make_parser() -> tasks.CommandLine:
     parser = tasks.CommandLine(prog="evaluate.py", description=__doc__, allow_abbrev=False,
                                formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks.add_flags(parser, Settings, {"widths": "32 128 512; depth and horizon 32"})
-    tasks.add_flags(parser, Output)
+    parser.add_argument("--out", metavar="DIR", help="folder for the results (runs/evaluate if not "
+                        "given, runs/reproduced with --reproduce)")
+    parser.add_argument("--name", help="of the files in --out (that of the sweep if not given)")
+    parser.add_argument("--plot", action="store_true", help="also draw a PNG; needs matplotlib")
     parser.add_argument("--reproduce", nargs="?", const="all",
                         choices=("all", "quick", *EXPERIMENTS), help="the experiments of results/, or "
                         "one of them, except what --out already holds")
@@ -835,9 +829,6 @@ def settings_of(args: argparse.Namespace) -> Settings:
     settings = dataclasses.replace(settings, **{name: value for name, value in missing.items()
                                                 if getattr(settings, name) is None})
     tasks.check(settings)
-    for name in ("theta", "baselines", "tune_theta", "depths", "lengths"):
-        if len(set(values := getattr(settings, name))) < len(values):
-            raise ValueError(f"{tasks.flag(name)} {' '.join(map(str, values))}: one is given twice")
     tuned = settings.tune != "none" and (settings.baselines or settings.tune_theta)
     for name in ("tune_theta", "tune_steps", "tune_seeds"):
         if name in given and not tuned:
@@ -857,17 +848,17 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def prepare(argv: Sequence[str] | None) -> Plan:
     """Parses and checks everything but the data and the folder of the results."""
     args = make_parser().parse_args(argv)
-    settings, output = settings_of(args), Output(**tasks.given_flags(args, Output))
-    name = settings.sweep if output.name is None else output.name
+    settings = settings_of(args)
+    name = settings.sweep if args.name is None else args.name
     if not name or name != pathlib.PurePath(name).name:
         raise ValueError(f"--name {name!r}: must be the beginning of a file name")
-    if output.plot and importlib.util.find_spec("matplotlib") is None:
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib, which is missing: pip install matplotlib, or "
                          "leave --plot out")
     endings = {"check" if settings.sweep == "coordinate-check" else "table": ".csv"}
     endings |= {"curves": "-curves.csv"} if settings.sweep == "horizon" else {}
-    endings |= {"figure": ".png"} if output.plot else {}
-    folder = pathlib.Path(output.out or "runs/evaluate")
+    endings |= {"figure": ".png"} if args.plot else {}
+    folder = pathlib.Path(args.out or "runs/evaluate")
     return Plan(settings, load_contenders(settings),
                 {kind: folder / (name + ending) for kind, ending in endings.items()},
                 folder / f"{name}.partial.jsonl", bool(args.download))
@@ -893,7 +884,7 @@ def reproductions(args: argparse.Namespace) -> list[Plan]:
     if args.reproduce in EXPERIMENTS:
         experiments = {args.reproduce: EXPERIMENTS[args.reproduce]}
     for name, flags in experiments.items():
-        argv = [flag.format(**places) for flag in flags.split()] + ["--plot"] * bool(args.plot)
+        argv = [flag.format(**places) for flag in flags.split()] + ["--plot"] * args.plot
         argv += ["--download"] * bool(args.download and "cifar10" in argv)
         plan = prepare([*argv, "--out", args.out or "runs/reproduced", "--name", name])
         path, *_ = plan.outputs.values()
@@ -920,11 +911,10 @@ def load(plans: Sequence[Plan]) -> list[tasks.Dataset]:
 
 
 def record(settings: Settings, dataset: tasks.Dataset) -> dict[str, Any]:
-    """What a journal holds of an evaluation: its settings, checksums of θ, statistics of the data."""
+    """What a journal holds of an evaluation: its settings, and checksums of θ and of the data."""
     checksums = {path: hashlib.sha256(b"".join(map(pathlib.Path.read_bytes, lopt.theta_files(path))))
                  .hexdigest() for path in settings.theta}
-    data = [dataset.name, dataset.train.inputs.shape, dataset.mean, dataset.std]
-    return dataclasses.asdict(settings) | {"checksums": checksums, "data": data}
+    return dataclasses.asdict(settings) | {"checksums": checksums, "data": tasks.fingerprint(dataset)}
 
 
 def measure(plan: Plan, dataset: tasks.Dataset, journal: Journal) -> Rows:
@@ -976,9 +966,9 @@ def carry_out(plan: Plan, dataset: tasks.Dataset) -> None:
     except OSError as error:
         raise ValueError(f"--out {folder}: cannot be made a folder ({error.strerror})") from None
     with Journal(plan.journal, record(settings, dataset)) as journal:
+        check_outputs(plan)  # another evaluation may have ended since the data were loaded
         with np.errstate(all="ignore"):  # NumPy would warn of runs that diverge
             rows = measure(plan, dataset, journal)
-        check_outputs(plan)
         for kind in ("curves", "table", "check"):  # NAME.csv is the last: where it is, all are
             if kind in rows:
                 write_csv(outputs[kind], rows[kind], COLUMNS[kind])

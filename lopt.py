@@ -239,12 +239,17 @@ def features(tensor: Statistics) -> list[Feature]:
 
 
 def normalise(feature: Feature) -> Array:
-    """A block of features [f, S] as the MLP takes it: each divided by its root mean square over the tensor,
-    x · rsqrt(1e-5 + mean x²), unless it is not to be normalised."""
+    """A block of features [f, S] as the MLP takes it: each divided by its root mean square over the tensor, unless it
+    is not to be normalised."""
     x = feature.values
     if not feature.normalised:
         return x
-    return x * lax.rsqrt(1e-5 + jnp.mean(x * x, axis=tuple(range(1, x.ndim)), keepdims=True))
+    return x * rms_scale(jnp.mean(x * x, axis=tuple(range(1, x.ndim)), keepdims=True))
+
+
+def rms_scale(mean_square: Array) -> Array:
+    """What a feature is multiplied by to be normalised: rsqrt(1e-5 + mean x²)."""
+    return lax.rsqrt(1e-5 + mean_square)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -257,11 +262,12 @@ def init_theta(key: Array, hidden: int = 32) -> dict[str, Array]:
     The MLP takes the features through two layers of `hidden` units to 2 outputs (d, s).
     """
     sizes = (feature_count(), hidden, hidden, 2)
-    theta = {"momentum_decays": jnp.zeros(3), "rms_decays": jnp.zeros(1), "adafactor_decays": jnp.zeros(3)}
-    for i, (key, fan_in, fan_out) in enumerate(zip(jax.random.split(key, 3), sizes, sizes[1:])):
-        normal = jax.random.truncated_normal(key, -2.0, 2.0, (fan_in, fan_out), jnp.float32)
-        theta |= {f"w{i}": normal / math.sqrt(fan_in), f"b{i}": jnp.zeros(fan_out)}
-    return jax.tree.map(lambda x: x.astype(jnp.float32), theta)
+    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+    theta = {"momentum_decays": zeros(3), "rms_decays": zeros(1), "adafactor_decays": zeros(3)}
+    for i, (layer_key, fan_in, fan_out) in enumerate(zip(jax.random.split(key, 3), sizes, sizes[1:])):
+        normal = jax.random.truncated_normal(layer_key, -2.0, 2.0, (fan_in, fan_out), jnp.float32)
+        theta |= {f"w{i}": normal / math.sqrt(fan_in), f"b{i}": zeros(fan_out)}
+    return theta
 
 
 def feature_count() -> int:
@@ -289,6 +295,9 @@ def of_one_weight() -> Statistics:
     return statistics(init_averages(one), one, one, 0)
 
 
+activation = jax.nn.relu  # of the MLP's hidden units
+
+
 def dense(w: Array, x: Array, b: Array) -> Array:
     """wᵀ x + b at every place of a tensor: w [F, H], x [F, S], b [H] → [H, S]."""
     return jnp.tensordot(w.T, x, 1) + b.reshape(-1, *(1,) * (x.ndim - 1))
@@ -298,7 +307,7 @@ def mlp_update(learned: Learned, hidden: Array) -> Array:
     """The update from the pre-activations of the MLP's first layer, [H, S] → [S]; d and s are its first two outputs."""
     theta, i = learned.theta, 1
     while f"w{i}" in theta:
-        hidden = dense(theta[f"w{i}"], jax.nn.relu(hidden), theta[f"b{i}"])
+        hidden = dense(theta[f"w{i}"], activation(hidden), theta[f"b{i}"])
         i += 1
     return update_from(learned, hidden[0], hidden[1])
 
@@ -329,7 +338,7 @@ def pace_of(learned: Learned, num_steps: int | Array | None) -> float | Array:
 
 
 class LearnedOptimizerState(NamedTuple):
-    """step: int32, updates made so far. averages: one `Averages` for each tensor that is not empty."""
+    """step: int32, updates made so far. averages: one `Averages` for each tensor of weights."""
     step: Array
     averages: tuple[Averages, ...]
 
@@ -343,10 +352,14 @@ def learned_optimizer(learned: Learned, update_multipliers: Tree = 1.0, gradient
     (`mup.gradient_multiplier`). num_steps: the planned number of updates, a number or traced: VeLO needs it,
     small_fc_lopt uses it where `learned.horizon` says so.
 
-    Entries of a gradient that are not finite count as 0. The averages are float32 and so is all arithmetic (float64 for
-    params of float64); updates have the params' types. State and updates are sharded as the params are. Raises
-    ValueError for a θ that does not fit its architecture, for num_steps below 1 where they are used, for complex
-    params, and for params without a multiplier.
+    learned.parametrization is not applied here, since only the params' `mup.Weight`s tell kinds and widths: with both
+    multipliers at 1 a θ of μP runs as if in SP.
+
+    Entries of a gradient that are not finite count as 0 (finite ones above 1.8e19 have a square that is not). The
+    averages are float32 and so is all arithmetic (float64 for params of float64); updates have the params' types, and
+    are 0 for params of integers. State and updates are sharded as the params are. Raises ValueError for a θ that does
+    not fit its architecture, for num_steps below 1 where they are used, for complex params, and for params without a
+    multiplier.
     """
     if learned.architecture == "velo":
         return velo(learned, update_multipliers, gradient_multiplier, num_steps)
@@ -614,7 +627,7 @@ def check_velo_theta(theta: dict[str, Array]) -> None:
 
 
 class AdamState(NamedTuple):
-    """step: int32, updates made so far. m, v: trees like the params, with None for those that are empty."""
+    """step: int32, updates made so far. m, v: trees like the params, with None for what is no weight."""
     step: Array
     m: Tree
     v: Tree
@@ -623,16 +636,15 @@ class AdamState(NamedTuple):
 def adamw(learning_rate: float | Array | Callable[[Array], Array], *, b1: float = 0.9, b2: float = 0.999,
           eps: float = 1e-8, weight_decay: float = 0.0, decay: float = 0.0,
           update_multipliers: Tree = 1.0) -> Optimizer:
-    """AdamW: u = −η · multiplier · (m̂/(√v̂ + ε) + weight_decay · p) − decay · p, m̂ = m/(1−β₁ᵗ).
+    """AdamW: u = −η · multiplier · (m̂/(√v̂ + ε) + weight_decay · p) − decay · p, m̂ = m/(1−β₁ᵗ), v̂ = v/(1−β₂ᵗ).
 
     learning_rate: η, or a function of the number of updates made before. weight_decay: AdamW's own, which in μP fades
     with the width, as η · multiplier does; decay: the same at all widths and learning rates. With μP's
     update_multipliers and no decay this is μAdam (TP5, Table 8). Types, shardings and errors are as in
-    `learned_optimizer`.
+    `learned_optimizer`, but a gradient that is not finite is taken as it is.
     """
     def init(params: Tree) -> AdamState:
-        zeros = jax.tree.map(zeros_like, params)
-        return AdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros))
+        return AdamState(jnp.zeros((), jnp.int32), jax.tree.map(zeros_like, params), jax.tree.map(zeros_like, params))
 
     def update(grads: Tree, state: AdamState, params: Tree, *, value: Array | None = None) -> tuple[Tree, AdamState]:
         eta = learning_rate(state.step) if callable(learning_rate) else learning_rate
@@ -692,7 +704,7 @@ def with_cooldown(optimizer: Optimizer, num_steps: int | Array, cooldown: float)
     if not cooldown:
         return optimizer
 
-    def update(grads: Tree, state: Any, params: Tree, *, value: Array | None = None) -> tuple[Tree, Any]:
+    def update(grads: Tree, state: Any, params: Tree, *, value: Array | None = None, **_: Any) -> tuple[Tree, Any]:
         if not hasattr(state, "step"):
             raise ValueError("with_cooldown is for the optimizers of lopt alone: put it inside of optax's combinators")
         updates, after = optimizer.update(grads, state, params, value=value)
@@ -707,24 +719,25 @@ def with_cooldown(optimizer: Optimizer, num_steps: int | Array, cooldown: float)
 
 
 def for_any_params(init: Callable, update: Callable) -> Optimizer:
-    """An optimizer of params of any type, shape and mesh, of one whose trees hold no empty tensor: None stands for it.
+    """An optimizer of params of any type, shape and mesh, of one of weights alone, to which None stands for what is no
+    weight: an empty tensor, or one of integers or truth values, that stays as it is.
 
     `update` gets gradients and params in the type to compute in; what it returns gets the params' types.
     """
+    def is_weight(p: Array) -> bool:
+        return jnp.size(p) > 0 and jnp.issubdtype(jnp.asarray(p).dtype, jnp.inexact)
+
     def to_compute_with(tree: Tree, params: Tree) -> Tree:
-        return jax.tree.map(lambda p, x: jnp.asarray(x, working_type(p)) if jnp.size(p) else None, params, tree)
+        return jax.tree.map(lambda p, x: jnp.asarray(x, working_type(p)) if is_weight(p) else None, params, tree)
 
     def as_type_of(p: Array, u: Array | None) -> Array:
-        if u is None:
-            return jnp.zeros_like(p)
-        dtype = jnp.asarray(p).dtype  # integers move by the float32 update: `apply_updates` cuts their sum
-        return u.astype(dtype) if jnp.issubdtype(dtype, jnp.floating) else u
+        return jnp.zeros_like(p) if u is None else u.astype(jnp.asarray(p).dtype)
 
     def of_any(grads: Tree, state: Any, params: Tree, *, value: Array | None = None) -> tuple[Tree, Any]:
         updates, state = update(to_compute_with(grads, params), state, to_compute_with(params, params), value=value)
         return jax.tree.map(as_type_of, params, updates), state
 
-    return Optimizer(lambda params: init(jax.tree.map(lambda p: p if jnp.size(p) else None, params)), sharded(of_any))
+    return Optimizer(lambda params: init(jax.tree.map(lambda p: p if is_weight(p) else None, params)), sharded(of_any))
 
 
 def working_type(p: Array) -> jnp.dtype:
@@ -752,8 +765,8 @@ def laid_out_as(like: Array, x: Array) -> Array:
 
 def zeros_like(p: Array, *lead: int, without: int | None = None) -> Array:
     """Zeros [*lead, S] in the type of a tensor's state, sharded as the tensor [S] is. without: an axis of length 1."""
-    zeros = jnp.zeros((*lead, *(1 if i == without else n for i, n in enumerate(jnp.shape(p), -jnp.ndim(p)))),
-                      working_type(p))
+    shape = *lead, *(1 if i == without else n for i, n in enumerate(jnp.shape(p), -jnp.ndim(p)))
+    zeros = jnp.zeros_like(p, working_type(p), shape=shape)  # of p, as whose they vary over devices inside shard_map
     if not is_on_mesh(p):
         return zeros
     like = jnp.asarray(p, zeros.dtype) if without is None else jnp.sum(p, without, zeros.dtype, keepdims=True)
@@ -771,9 +784,9 @@ def init_averages(p: Array) -> Averages:
 
 def sharded(update: Callable) -> Callable:
     """An optimizer's `update`, made to take params on a mesh of devices, too: it returns updates and state that are
-    sharded as the params and the state before."""
+    sharded as the params and the state before. What else optax's combinators pass on it ignores."""
     @functools.wraps(update)
-    def on_mesh(grads: Tree, state: Any, params: Tree, *, value: Array | None = None) -> tuple[Tree, Any]:
+    def on_mesh(grads: Tree, state: Any, params: Tree, *, value: Array | None = None, **_: Any) -> tuple[Tree, Any]:
         if params is None:  # as optax passes it on where it was left out
             raise ValueError("the params are missing: call update(grads, state, params)")
         there = [p for p in jax.tree.leaves(params) if is_on_mesh(p)]
@@ -820,15 +833,13 @@ def check_num_steps(num_steps: int | Array) -> None:
 
 def check_theta(theta: dict[str, Array]) -> None:
     """Raises ValueError, in one line, for arrays that are no θ of small_fc_lopt with this list of features."""
-    shapes, count = {name: np.shape(x) for name, x in theta.items()}, feature_count()
-    inputs = count
-    layers = sum(f"w{i}" in theta or f"b{i}" in theta for i in range(len(theta)))
+    shapes = {name: np.shape(x) for name, x in theta.items()}
+    layers = max(2, sum(f"w{i}" in theta or f"b{i}" in theta for i in range(len(theta))))
+    sizes = feature_count(), *((shapes.get(f"b{i}") or (1,))[0] for i in range(layers - 1)), 2
     expected = {"momentum_decays": (3,), "rms_decays": (1,), "adafactor_decays": (3,)}
-    for i in range(max(layers, 2)):
-        hidden = 2 if i == layers - 1 else (shapes.get(f"b{i}") or (1,))[0]
-        expected |= {f"w{i}": (inputs, hidden), f"b{i}": (hidden,)}
-        inputs = hidden
-    check_shapes(shapes, expected, f"small_fc_lopt with {count} features")
+    for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:])):
+        expected |= {f"w{i}": (fan_in, fan_out), f"b{i}": (fan_out,)}
+    check_shapes(shapes, expected, f"small_fc_lopt with {sizes[0]} features")
 
 
 def check_shapes(shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], of_what: str) -> None:
@@ -846,10 +857,10 @@ def fast_update(features_of: Callable[[Statistics], list[Feature]], learned: Lea
     """`plain_update`, by the fastest way: in one kernel where JAX's default backend is a GPU, else in chunks.
 
     The kernel needs Pallas' Triton, which JAX means to drop, a list that `is_made_by_decays`, and a float32 tensor of
-    more than one weight: in one of a single weight even the time counts as a feature of every weight.
+    more than one weight, in one of which even the time counts as a feature of every weight, and fewer than 2³¹.
     """
     fits = (jax.default_backend() == "gpu" and importlib.util.find_spec("jax.experimental.pallas.triton") is not None
-            and tensor.g.size > 1 and tensor.g.dtype == jnp.float32 and is_made_by_decays(features_of))
+            and 1 < tensor.g.size < 2**31 and tensor.g.dtype == jnp.float32 and is_made_by_decays(features_of))
     return (in_one_kernel if fits else in_chunks)(features_of, learned, tensor)
 
 
@@ -859,7 +870,8 @@ CHUNK = {"cpu": 2048, "gpu": 2**18, "tpu": 2**16}
 
 
 def in_chunks(features_of: Callable[[Statistics], list[Feature]], learned: Learned, tensor: Statistics) -> Array:
-    """`plain_update`, several times as fast and with little memory, for any list like `features` and any MLP.
+    """`plain_update`, several times as fast, for any list like `features` and any MLP, with little memory unless a row
+    of the tensor is long.
 
     Two identities save most of the first layer. Features that vary along some axes only are multiplied by their rows of
     w0 where they vary, and added by broadcasting: 16 of 39 inputs remain for each weight. And dividing by the root mean
@@ -900,8 +912,8 @@ def in_chunks(features_of: Callable[[Statistics], list[Feature]], learned: Learn
         return total + jnp.sum(x * x, axis=tuple(range(1, x.ndim)))
 
     inputs = sum(len(blocks[j].values) for j in per_weight)
-    squares = _loop(chunks, add_squares, jnp.zeros(inputs, tensor.g.dtype))
-    w0_per_weight = _scaled_rows(theta, blocks, per_weight, squares / tensor.g.size).T  # [H, K]
+    squares = _loop(chunks, add_squares, jnp.zeros_like(tensor.g, shape=(inputs,)))
+    w0_per_weight = _scaled_rows(theta, blocks, per_weight, squares / float(tensor.g.size)).T  # [H, K]
 
     hidden_of_rows, hidden_of_all = _hidden_of_others(theta, blocks, tensor)
     # What the rows share is laid out once for a whole chunk: XLA's loop then adds it four times faster.
@@ -932,7 +944,7 @@ def _scaled_rows(theta: dict[str, Array], blocks: list[Feature], here: list[int]
     """
     rows = jnp.split(theta["w0"], np.cumsum([len(f.values) for f in blocks])[:-1])
     normalised = np.concatenate([np.full(len(rows[j]), blocks[j].normalised) for j in here])
-    scale = jnp.where(normalised, lax.rsqrt(1e-5 + mean_squares), 1.0)
+    scale = jnp.where(normalised, rms_scale(mean_squares), 1.0)
     return jnp.concatenate([rows[j] for j in here]) * scale[:, None]
 
 
@@ -1024,9 +1036,9 @@ def in_one_kernel(features_of: Callable[[Statistics], list[Feature]], learned: L
             hidden += x[:, None] * load(w0, k * len(units) + units)  # [n, H]
         for w1, b1 in hidden_layers:
             square = jnp.arange(w1.shape[0])[:, None] * w1.shape[1] + jnp.arange(w1.shape[1])
-            hidden = triton.dot(jax.nn.relu(hidden), load(w1, square), precision=lax.Precision.HIGHEST)
+            hidden = triton.dot(activation(hidden), load(w1, square), precision=lax.Precision.HIGHEST)
             hidden += load(b1, jnp.arange(w1.shape[1]))
-        hidden, units = jax.nn.relu(hidden), jnp.arange(w.shape[1])
+        hidden, units = activation(hidden), jnp.arange(w.shape[1])
         d, s = (jnp.sum(hidden * load(w, j * len(units) + units), 1) + bias.ref[j] for j in (0, 1))
         triton.store(out.at[which], update_from(learned, d, s), mask=there)
 
@@ -1215,7 +1227,7 @@ def _read_npy(content: bytes) -> np.ndarray:
     return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape, order="F" if fortran_order else "C").copy()
 
 
-MAX_THETA_BYTES = 1 << 24
+MAX_THETA_BYTES = 1 << 26
 CHECKS = {"small_fc_lopt": check_theta, "velo": check_velo_theta}  # of θ, by its architecture
 
 

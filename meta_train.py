@@ -10,9 +10,10 @@
 One meta-step perturbs θ for N antithetic pairs of inner runs on every task, moves all of them K
 inner steps on, estimates the meta-gradient from their losses by Persistent Evolution Strategies
 (PES, es.py), and takes a step of AdamW on θ (lopt.py). It is one jitted function. The pairs are
-sharded over the local devices (one for each core of a CPU), and over all hosts with --distributed.
+sharded over the local devices, and over all hosts with --distributed; a CPU is as many devices as
+divide the pairs, one for each of its cores at most.
 
-OUT/ holds theta.npz (θ, written with each checkpoint), metrics.csv (a row for each meta-step),
+OUT/ holds theta.npz (θ, written with each checkpoint but that of step 0), metrics.csv (a row for each meta-step),
 meta-loss.png (where matplotlib is there) and the last two checkpoints, from which a run that was
 interrupted goes on exactly: by --resume, or by --resume-or-begin in a script that is run again and
 again. What is random depends on the seed, the pair and the time alone. On a GPU, XLA chooses kernels
@@ -29,9 +30,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
-import fnmatch
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -76,8 +75,8 @@ class Settings(tasks.TaskSettings):
     """Everything that decides the result of a run, said once, here: the flags are made of it."""
     also: tuple[str, ...] = of_task(
         (), "a further inner task: its flags of this group in one argument, as in '--task lm "
-        "--dataset text --data-dir shakespeare.txt'; those left out have their defaults; may be "
-        "given several times", metavar="FLAGS", distinct="a task is repeated")
+        "--dataset text --data-dir shakespeare.txt', with spaces, no =; those left out have their "
+        "defaults; may be given several times", metavar="FLAGS")
     parametrization: str = setting("mup", "that of the inner networks", choices=("mup", "sp"))
     input_mult: float = setting(1.0, "μP's multiplier of the first layer", metavar="c",
                                 **SQUARABLE)
@@ -102,10 +101,12 @@ class Settings(tasks.TaskSettings):
     optimizer: str = of_lopt("small_fc_lopt", "its architecture: the paper's small MLP, or VeLO's "
                              "LSTM and bank of MLPs", choices=("small_fc_lopt", "velo"))
     hidden: int = of_lopt(32, "units of each hidden layer of the small MLP; a --first-theta brings "
-                          "its own, and so for VeLO", low=1, metavar="H")
+                          "its own, as it does --lstm-hidden and --bank", low=1, high=2048,
+                          metavar="H")
     lstm_hidden: int = of_lopt(64, "units of VeLO's LSTM (512 in the published one)", low=1,
-                               metavar="L")
-    bank: int = of_lopt(16, "MLPs in VeLO's bank (256 in the published one)", low=1, metavar="K")
+                               high=1024, metavar="L")
+    bank: int = of_lopt(16, "MLPs in VeLO's bank (256 in the published one)", low=1, high=4096,
+                        metavar="K")
     step_mult: float | None = of_lopt(
         None, "scale of all updates (if neither it nor a preset says, 0.01 in μP and 0.001 in SP "
         "and for VeLO)", metavar="c", **SQUARABLE)
@@ -244,15 +245,17 @@ def first_learned(settings: Settings, first: lopt.Learned | None = None) -> lopt
 def adam_start(theta: dict[str, Array]) -> dict[str, Array]:
     """Ours: a random θ, changed to be Adam at first; worth hundreds of meta-steps.
 
-    Two hidden units carry ± the feature m₁ rsqrt(v+1e-6), which is Adam's direction, through both
+    Two hidden units carry ± the feature m₁ rsqrt(v+1e-6), which is Adam's direction, through all
     layers to d. What the other units add is a tenth of before.
     """
     blocks = lopt.features(lopt.of_one_weight())
-    first = [f.name for f in blocks for _ in f.values].index("m rsqrt(v+1e-6)")
-    w0 = theta["w0"].at[:, :2].set(0.0).at[first, :2].set(jnp.array([1.0, -1.0]))
-    w1 = theta["w1"].at[:, :2].set(0.0).at[:2].set(0.0).at[:2, :2].set(jnp.eye(2))
-    w2 = (0.1 * theta["w2"]).at[:2].set(jnp.array([[1.0, 0.0], [-1.0, 0.0]]))
-    return theta | {"w0": w0, "w1": w1, "w2": w2}
+    adam = [f.name for f in blocks for _ in f.values].index("m rsqrt(v+1e-6)")
+    first, *middle, last = (name for name in theta if name.startswith("w"))
+    changed = {first: theta[first].at[:, :2].set(0.0).at[adam, :2].set(jnp.array([1.0, -1.0])),
+               last: (0.1 * theta[last]).at[:2].set(jnp.array([[1.0, 0.0], [-1.0, 0.0]]))}
+    for name in middle:
+        changed[name] = theta[name].at[:, :2].set(0.0).at[:2].set(0.0).at[:2, :2].set(jnp.eye(2))
+    return theta | changed
 
 
 def velo_adam_start(theta: dict[str, Array]) -> dict[str, Array]:
@@ -330,8 +333,7 @@ def make_meta_step(settings: Settings, inner_tasks: Sequence[tasks.Task], mesh: 
     them. θ is one vector here: with an operation for each of its arrays, XLA would take seconds
     longer to compile.
     """
-    pes = es.Settings(settings.sigma, settings.truncation, settings.min_length, settings.max_length,
-                      settings.max_offset)
+    pes = es.Settings(*(getattr(settings, name) for name in es.Settings._fields))
     schedule = learning_rate_schedule(settings)
     adamw = lopt.adamw(schedule, weight_decay=settings.weight_decay)
     _, pairs_key = jax.random.split(jax.random.key(settings.seed))
@@ -361,11 +363,8 @@ def make_meta_step(settings: Settings, inner_tasks: Sequence[tasks.Task], mesh: 
                   splits: Sequence[tasks.Split]) -> tuple[MetaState, Metrics]:
         # PES, on each task: its N pairs are perturbed, unrolled K steps, and give a mean estimate
         def truncation(task, split, keys, pairs):
-            def of_pair(key, pair, theta, split, meta_step):
-                return es.truncation(inner(task), theta, pair, key, split, meta_step, pes)
-
-            everywhere = state.theta, split, state.meta_step
-            return es.over_pairs(of_pair, mesh)(keys, pairs, *everywhere)
+            of_pair = functools.partial(es.truncation, inner(task), pes)
+            return es.over_pairs(of_pair, mesh)(keys, pairs, state.theta, split, state.meta_step)
 
         estimates, pairs = zip(*map(truncation, inner_tasks, splits, keys, state.pairs))
 
@@ -457,8 +456,7 @@ class Folder:
             self.process, self.processes = jax.process_index(), jax.process_count()
         self.metrics_path = self.path / "metrics.csv"
         try:
-            names = os.listdir(self.path) if os.path.isdir(self.path) else []
-            ours = [name for name in names for pattern in OURS if fnmatch.fnmatch(name, pattern)]
+            ours = [path.name for pattern in OURS for path in self.path.glob(pattern)]
             begun = any(name.startswith("checkpoint-") for name in ours)
             if ours and not begun:
                 raise ValueError(f"--out {self.path}: is not empty (there is {ours[0]}) and holds "
@@ -533,7 +531,7 @@ class Folder:
                 print(f"warning: {error}; falling back to the checkpoint before it",
                       file=sys.stderr)
         common = agreed_steps(usable) if self.processes > 1 else sorted(usable)
-        if not common and self.steps():
+        if not common and (self.flags.resume or self.steps()):
             raise ValueError(f"--out {self.path}: no checkpoint there is whole; start anew in "
                              "another folder")
         return usable[common[-1]] if common else None
@@ -592,8 +590,11 @@ def resumed_learned(settings: Settings, checkpoint: Checkpoint) -> lopt.Learned:
     return learned._replace(theta=theta, made=learned.made | origin)
 
 
+MAY_CHANGE = ("meta_steps", "data_dir")  # of the settings, on resuming
+
+
 def settings_on_resume(given: dict[str, Any], saved: dict[str, Any]) -> Settings:
-    """The settings of a checkpoint, with those given now that may change: meta_steps and data_dir.
+    """The settings of a checkpoint, with those given now that may change.
 
     Raises ValueError for others that differ, and for fewer meta-steps.
     """
@@ -601,7 +602,7 @@ def settings_on_resume(given: dict[str, Any], saved: dict[str, Any]) -> Settings
                          for name, x in saved.items()})
     differ = {name: value for name, value in given.items() if value != getattr(before, name)}
     if wrong := [f"{tasks.flag(name)} is {value} but was {getattr(before, name)}"
-                 for name, value in differ.items() if name not in ("meta_steps", "data_dir")]:
+                 for name, value in differ.items() if name not in MAY_CHANGE]:
         raise ValueError(f"cannot resume with other settings: {'; '.join(wrong)}")
     if differ.get("meta_steps", before.meta_steps) < before.meta_steps:
         raise ValueError(f"--meta-steps {differ['meta_steps']}: can only grow on resuming, from "
@@ -708,12 +709,12 @@ class Run:
 
     def _write_row(self) -> None:
         step, metrics = self.pending.pop(0)
-        *values, nonfinite = jax.device_get(metrics)
+        metrics = jax.device_get(metrics)
         self.finished_at = time.monotonic()
         seconds, self.row_at = self.finished_at - self.row_at, self.finished_at
-        row = [step, *(f"{x:.9g}" for x in values), nonfinite, f"{seconds:.4f}"]
+        row = [step, *(f"{x:.9g}" for x in metrics), f"{seconds:.4f}"]
         self.metrics_file.write(",".join(map(str, row)) + "\n")
-        self.progress.finished(step, float(values[0]))
+        self.progress.finished(step, float(metrics.meta_loss))
 
     def _save(self) -> None:
         while self.pending:
@@ -731,13 +732,13 @@ class Run:
         """Ends this process, in a thread, when no meta-step has been finished for long.
 
         Another process has then died: a collective operation would wait for it without end. There
-        is nothing to watch before the first meta-step, which includes compilation.
+        is nothing to watch before the first meta-step is finished, which includes compilation.
         """
         while True:
             time.sleep(1)
             at, seconds = self.finished_at, self.folder.flags.stall_seconds
             if at is not None and time.monotonic() - at > seconds:
-                give_up(f"no meta-step for {seconds:g} seconds")
+                give_up(f"no meta-step for {seconds:g} seconds; --stall-seconds allows more")
 
 
 def give_up(why: str) -> None:
@@ -809,16 +810,6 @@ def make_mesh(pairs: int, devices: int | None) -> Mesh:
         nearest = f"{below} or {above}" if below else f"{above}"
         raise ValueError(f"--pairs {pairs}: does not divide over {count} devices; use {nearest}")
     return Mesh(np.array(everything[:count]), ("pairs",))
-
-
-def fingerprint(dataset: tasks.Dataset) -> str:
-    """A checksum of a training split's shape, first 2²⁶ numbers and labels: a run knows it again."""
-    inputs, labels = dataset.train
-    head = np.asarray(inputs[:max(1, (1 << 26) // max(1, inputs[0].size))])
-    digest = hashlib.sha256(f"{inputs.shape} {inputs.dtype}".encode())
-    digest.update(head.tobytes())
-    digest.update(np.asarray(labels).tobytes())
-    return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -933,7 +924,7 @@ of_hosts = functools.partial(setting, group="many hosts")
 
 @dataclasses.dataclass(frozen=True)
 class RunFlags:
-    """How a run is carried out; none of it decides the result. Flags are made as of `Settings`."""
+    """How a run is carried out; of it --devices alone touches the result, by rounding."""
     out: str | None = of_run(None, "folder for θ, metrics and checkpoints (a new one in runs/ if "
                              "not given); other files in it do not matter", metavar="DIR")
     resume: bool = of_run(False, "go on from the newest checkpoint in --out, which must hold one")
@@ -943,8 +934,8 @@ class RunFlags:
                                    metavar="EVERY")
     report_steps: int = of_run(1000, "inner steps of the comparison with AdamW at the end, 0 for "
                                "none", low=0, metavar="T")
-    devices: int | None = of_run(None, "how many to use (if not given all, of a CPU one for each "
-                                 "core)", low=1, metavar="D")
+    devices: int | None = of_run(None, "how many to use (if not given all; of a CPU as many as divide "
+                                 "the pairs, one for each core at most)", low=1, metavar="D")
 
     distributed: bool = of_hosts(False, "one of several processes; the next three flags are found "
                                  "by JAX itself on SLURM, Kubernetes and TPU pods")
@@ -1044,11 +1035,11 @@ def where_to_begin(settings: Settings, given: dict[str, Any], folder: Folder | N
     Raises ValueError for a run that would go on with other training data, and for a --first-theta
     that cannot be read or does not fit.
     """
-    data = " ".join(map(fingerprint, datasets))
+    data = " ".join(map(tasks.fingerprint, datasets))
     if folder and folder.checkpoint:
         if folder.checkpoint.about["data"] != data:
             names = " or ".join(dataset.name for dataset in datasets)
-            raise ValueError(f"cannot resume: the training data of {names} are not those of the run "
+            raise ValueError(f"cannot resume: the data of {names} are not those of the run "
                              f"in {folder.path}")
         learned = resumed_learned(settings, folder.checkpoint)
     else:
@@ -1079,8 +1070,8 @@ def run(argv: Sequence[str] | None) -> int:
     flags, given = RunFlags(**tasks.given_flags(args, RunFlags)), tasks.given_flags(args, Settings)
     preset = args.preset or "laptop"
     wanted = preset_settings(preset, given)
-    if args.preset:
-        given = wanted
+    if args.preset:  # a run that is resumed with another preset is refused
+        given = {name: x for name, x in wanted.items() if name in given or name not in MAY_CHANGE}
     settings = Settings(**wanted)
     check_flags(flags)
     if not flags.resume:  # there the settings of the checkpoint count, too
@@ -1121,8 +1112,8 @@ def run(argv: Sequence[str] | None) -> int:
     if flags.distributed:  # else the other processes wait for the report, for five minutes at most
         jax.distributed.shutdown()
     if stopped:
-        again = shlex.join(["python", "meta_train.py", "--out", str(folder.path), "--resume"])
-        print(f"stopped; go on with: {again}", file=sys.stderr)
+        where = shlex.join(["--out", str(folder.path), "--resume"])
+        print(f"stopped; to go on, give the same command with {where}", file=sys.stderr)
         return 128 + stopped
     if folder.process != 0:
         return 0

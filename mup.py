@@ -17,7 +17,7 @@ multiplier of the optimizer's update. In the standard parametrization (SP) the m
 Sources: TP5 = "Tensor Programs V" (arXiv 2203.03466), whose Table 8 gives μP for Adam; μLO (arXiv 2406.00153), which
 multiplies a learned optimizer's update by what multiplies Adam's learning rate there.
 
-Dimensions: B batch, D fan_in of a layer, W fan_out of a layer.
+Dimensions: D fan_in of a layer, W fan_out of a layer.
 """
 
 import dataclasses
@@ -170,6 +170,47 @@ def linear(weights: dict[str, Weight], params: dict[str, Array], x: Array,
 def attention_scale(d_head: int, parametrization: Parametrization) -> float:
     """The multiplier of the attention logits q·k: 1/d_head in μP, 1/√d_head in SP."""
     return 1.0 / d_head if parametrization.is_mup else 1.0 / math.sqrt(d_head)
+
+
+# Beyond μLO: ours, and off unless a base width is given -------------------------------------------------
+
+
+def gradient_multiplier(weights: Tree, parametrization: Parametrization) -> float:
+    """The multiplier of the gradients that a learned optimizer sees: width/base_width, 1 by default and in SP.
+
+    The width is the fan_in of the read-out. In μP every gradient falls as 1/width, since the logits are multiplied by
+    output_mult/fan_in. The learned optimizer's features have absolute ε, which rule where gradients are that small;
+    with this multiplier its gradients are as large at any width as at the base width. That Adam's ε, too, must shrink
+    with the width is from Everett et al. (arXiv 2407.05872).
+    """
+    if not (parametrization.is_mup and parametrization.base_width):
+        return 1.0
+    read_outs = [w.fan_in for w in jax.tree.leaves(weights) if w.kind == "output"]
+    if not read_outs:
+        raise ValueError("a base width needs the width of a read-out, and there is no weight of kind 'output': "
+                         "declare one, or give the learned optimizer the multiplier width/base_width yourself, as "
+                         "where embeddings are read out, too: see mup.infer")
+    return max(read_outs) / parametrization.base_width
+
+
+# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ waterline: the paper above, the machine below ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+
+
+def standard_normals(key: Array, shapes: list[tuple[int, ...] | None], cut: list[bool]) -> list[Array | None]:
+    """One array of standard normals for each shape, cut at ±2 where `cut` says so; None for a shape of None.
+
+    All arrays are taken from two draws, which compile several times faster than one for each.
+    """
+    sizes = [0 if shape is None else math.prod(shape) for shape in shapes]
+    keys = jax.random.split(key)
+    is_cut = {True: jax.random.truncated_normal(
+                  keys[0], -2.0, 2.0, (sum(n for n, c in zip(sizes, cut) if c),)),
+              False: jax.random.normal(keys[1], (sum(n for n, c in zip(sizes, cut) if not c),))}
+    arrays = []
+    for shape, size, c in zip(shapes, sizes, cut):
+        values, is_cut[c] = jnp.split(is_cut[c], [size])
+        arrays.append(None if shape is None else values.reshape(shape))
+    return arrays
 
 
 # A network of one's own: its weights declared from their shapes at two widths ---------------------------
@@ -363,47 +404,6 @@ def common_value(*tensors: Any) -> float | None:
             x = jax.device_get(x)
             values |= {float(x.min()), float(x.max())}
     return values.pop() if len(values) == 1 else None
-
-
-# Beyond μLO: ours, and off unless a base width is given -------------------------------------------------
-
-
-def gradient_multiplier(weights: Tree, parametrization: Parametrization) -> float:
-    """The multiplier of the gradients that a learned optimizer sees: width/base_width, 1 by default and in SP.
-
-    The width is the fan_in of the read-out. In μP every gradient falls as 1/width, since the logits are multiplied by
-    output_mult/fan_in. The learned optimizer's features have absolute ε, which rule where gradients are that small;
-    with this multiplier its gradients are as large at any width as at the base width. That Adam's ε, too, must shrink
-    with the width is from Everett et al. (arXiv 2407.05872).
-    """
-    if not (parametrization.is_mup and parametrization.base_width):
-        return 1.0
-    read_outs = [w.fan_in for w in jax.tree.leaves(weights) if w.kind == "output"]
-    if not read_outs:
-        raise ValueError("a base width needs the width of a read-out, and there is no weight of kind 'output': "
-                         "declare one, or give the learned optimizer the multiplier width/base_width yourself, as "
-                         "where embeddings are read out, too: see mup.infer")
-    return max(read_outs) / parametrization.base_width
-
-
-# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ waterline: the paper above, the machine below ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-
-
-def standard_normals(key: Array, shapes: list[tuple[int, ...] | None], cut: list[bool]) -> list[Array | None]:
-    """One array of standard normals for each shape, cut at ±2 where `cut` says so; None for a shape of None.
-
-    All arrays are taken from two draws, which compile several times faster than one for each.
-    """
-    sizes = [0 if shape is None else math.prod(shape) for shape in shapes]
-    keys = jax.random.split(key)
-    is_cut = {True: jax.random.truncated_normal(
-                  keys[0], -2.0, 2.0, (sum(n for n, c in zip(sizes, cut) if c),)),
-              False: jax.random.normal(keys[1], (sum(n for n, c in zip(sizes, cut) if not c),))}
-    arrays = []
-    for shape, size, c in zip(shapes, sizes, cut):
-        values, is_cut[c] = jnp.split(is_cut[c], [size])
-        arrays.append(None if shape is None else values.reshape(shape))
-    return arrays
 
 
 def main() -> None:

@@ -256,7 +256,7 @@ def transformer_lm(net: Transformer, vocabulary: int, sequence_length: int) -> N
 
     It takes tokens int [B, L] and gives logits [B, L, V]. input_mult multiplies both embeddings.
     """
-    weights = {"tokens": Weight("input", (vocabulary, net.width), vocabulary, std=vocabulary ** -0.5),
+    weights = {"tokens": Weight("input", (vocabulary, net.width), std=vocabulary ** -0.5),
                "positions": Weight("input", (sequence_length, net.width), std=0.02)}
 
     def embed(params: Tree, tokens: Array) -> Array:
@@ -743,10 +743,9 @@ class Format(NamedTuple):
 
 FORMATS = {
     "cifar10": Format(read_cifar10, 10, "the binary version, cifar-10-binary.tar.gz from "
-                      "www.cs.toronto.edu/~kriz; `meta_train.py --download` fetches it"),
+                      "www.cs.toronto.edu/~kriz; `--download` fetches it"),
     "mnist": Format(read_idx, 10, "MNIST's four IDX files, plain or .gz"),
-    "fashion_mnist": Format(read_idx, 10, "its four IDX files, plain or .gz; `meta_train.py --download` fetches "
-                            "them"),
+    "fashion_mnist": Format(read_idx, 10, "its four IDX files, plain or .gz; `--download` fetches them"),
     **{f"imagenet{size}": Format(
         read_imagenet, 1000, f"train_data_batch_1.npz … 10.npz and val_data.npz in one folder: ImageNet "
         f"{size}x{size} as npz from image-net.org/download-images.php, not its pickled version, whose "
@@ -827,12 +826,15 @@ def load_dataset(name: str, data_dir: str | os.PathLike | None = None,
     """Reads one of DATASETS, checks it and puts it on the device.
 
     data_dir: the folder that holds its files, or (text, tokens) the file itself. image_size: pixels to
-    which images are shrunk; those of synthetic are made of that size. vocab_size: of tokens, required
+    which images are shrunk; those of synthetic, which has no files, are made of that size. vocab_size: of tokens, required
     there. sequence_length: of the rows of text (64). Raises ValueError, in one line that names the file,
     for whatever is missing, damaged or does not fit.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}: use one of {', '.join(DATASETS)}")
+    if data_dir is not None and name == "synthetic":
+        raise ValueError(f"--data-dir {data_dir}: data set 'synthetic' is made in memory, of no files; name another "
+                         "with --dataset")
     if data_dir is None and name != "synthetic":
         raise ValueError(f"data set {name!r} is read from files: say where they are with --data-dir")
     path = pathlib.Path(data_dir or ".")
@@ -930,46 +932,37 @@ def download(name: str, data_dir: str | os.PathLike, *, base_url: str | None = N
     folder = pathlib.Path(data_dir) / ("" if name == "cifar10" else name)
     for file, md5 in checksums.items():
         address, path = (base_url or url) + file, folder / file
-        partial = folder / f".{file}.{os.getpid()}.part"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if path.is_file() and md5_of(path.read_bytes()).hexdigest() == md5:
                 continue
-            fetch(address, partial, md5)
-            os.replace(partial, path)
+            content = fetch(address)
         except (OSError, http.client.HTTPException) as error:
             raise ValueError(f"{address}: could not be fetched to {path} ({error})") from None
-        finally:
-            if partial.exists():
-                partial.unlink()
+        if (actual := md5_of(content).hexdigest()) != md5:
+            raise ValueError(f"{address}: has the MD5 {actual} instead of {md5}; nothing was kept")
+        lopt.write_atomically(path, content)
 
 
-def fetch(address: str, path: pathlib.Path, md5: str) -> None:
-    """Writes what is at an address to a file. Raises ValueError if it is cut off or has another MD5."""
-    with urllib.request.urlopen(address, timeout=30) as response, open(path, "wb") as output:
-        expected, digest = response.length, md5_of()
-        with tqdm.tqdm(total=expected, unit="B", unit_scale=True, desc=path.name) as progress:
-            received = 0
-            while (block := response.read(1 << 16)) and received <= MAX_DOWNLOAD:
-                output.write(block)
-                digest.update(block)
+def fetch(address: str) -> bytearray:
+    """What is at an address, at most a little more than MAX_DOWNLOAD. Raises ValueError if it is cut off."""
+    content = bytearray()
+    with urllib.request.urlopen(address, timeout=30) as response:
+        expected = response.length
+        with tqdm.tqdm(total=expected, unit="B", unit_scale=True, desc=address) as progress:
+            while (block := response.read(1 << 16)) and len(content) <= MAX_DOWNLOAD:
+                content += block
                 progress.update(len(block))
-                received += len(block)
-        output.flush()
-        lopt.sync(output.fileno())
-    if expected is not None and received < expected:
-        raise ValueError(f"{address}: the connection broke off after {received:,} of {expected:,} "
-                         "bytes")
-    if digest.hexdigest() != md5:
-        raise ValueError(f"{address}: has the MD5 {digest.hexdigest()} instead of {md5}; nothing was "
-                         "kept")
+    if expected is not None and len(content) < expected:
+        raise ValueError(f"{address}: the connection broke off after {len(content):,} of {expected:,} bytes")
+    return content
 
 
 # --------------------------------------------------------------------------------------------------
 # Tasks by name
 
 # name: (a function like `mlp_task`; the number of axes of its inputs; its options beyond the common
-# ones, each of which is a field of TaskSettings, too, and stands in `task_of`)
+# ones, of which `task_of` gives those that are fields of TaskSettings)
 TASKS = {"mlp": (mlp_task, 4, ()),
          "vit": (vit_task, 4, ("heads", "head_size", "patch", "remat")),
          "lm": (lm_task, 2, ("heads", "head_size", "sequence_length", "remat"))}
@@ -1001,18 +994,18 @@ def make_task(name: str, dataset: Dataset, width: int, depth: int, batch_size: i
 
 
 def setting(default: Any, help: str, *, low: Any = None, high: Any = None, above: Any = None,
-            below: Any = None, choices: Sequence[str] | None = None, distinct: str = "",
+            below: Any = None, choices: Sequence[str] | None = None,
             metavar: str | None = None, group: str | None = None) -> Any:
     """A field of a dataclass that is a setting and a flag of a command line.
 
     The flag takes its name and type from the field: str, int, float, bool (a switch that is off by
-    default), one of these or None, or a tuple of them. help: what the setting is, in words. low ≤ value
-    ≤ high and above < value < below: bounds, of each entry of a tuple. choices: the values that there
-    are. distinct: what is said of a tuple with an entry that is repeated, if that is wrong. metavar and
-    group: as the help names its value, and the heading under which it stands there.
+    default), one of these or None, or a tuple of them, each once. help: what the setting is, in words.
+    low ≤ value ≤ high and above < value < below: bounds, of each entry of a tuple. choices: the values
+    that there are. metavar and group: as the help names its value, and the heading under which it
+    stands there.
     """
     metadata = dict(help=help, low=low, high=high, above=above, below=below, choices=choices,
-                    distinct=distinct, metavar=metavar, group=group)
+                    metavar=metavar, group=group)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -1032,8 +1025,7 @@ class TaskSettings:
     vocab_size: int | None = inner(None, "token ids of data set tokens", low=1, metavar="V")
     sequence_length: int | None = inner(None, "tokens of a sequence (64 if not given)", low=1,
                                         metavar="L")
-    widths: tuple[int, ...] = inner((32,), "widths of the inner networks", low=1, metavar="W",
-                                    distinct="a width is repeated")
+    widths: tuple[int, ...] = inner((32,), "widths of the inner networks", low=1, metavar="W")
     depth: int = inner(3, "hidden layers, or transformer blocks", low=1, metavar="D")
     heads: int | None = inner(None, "attention heads (as many of size 32 as fit, if not given)", low=1,
                               metavar="A")
@@ -1073,13 +1065,20 @@ def load_each(settings: Sequence[TaskSettings], downloads: Sequence[bool]) -> li
     return [loaded[name] for name in names]
 
 
+def fingerprint(dataset: Dataset) -> str:
+    """A checksum of a data set: of the shape, first 2²⁶ numbers and labels of each split. A run knows it again."""
+    digest = hashlib.sha256()
+    for inputs, labels in filter(None, (dataset.train, dataset.test)):
+        head = np.asarray(inputs[:max(1, (1 << 26) // max(1, inputs[0].size))])
+        digest.update(f"{inputs.shape} {inputs.dtype}".encode() + head.tobytes() + np.asarray(labels).tobytes())
+    return digest.hexdigest()
+
+
 def task_of(settings: TaskSettings, dataset: Dataset, width: int, depth: int,
             parametrization: Parametrization) -> Task:
     """The inner task of the settings at one width and depth, in one parametrization."""
-    options = {"heads": settings.heads, "patch": settings.patch, "remat": settings.remat or None,
-               "sequence_length": settings.sequence_length}
-    return make_task(settings.task, dataset, width, depth, settings.batch_size, parametrization,
-                     **options)
+    options = {name: getattr(settings, name, None) or None for *_, names in TASKS.values() for name in names}
+    return make_task(settings.task, dataset, width, depth, settings.batch_size, parametrization, **options)
 
 
 def flag(name: str) -> str:
@@ -1144,9 +1143,8 @@ def check(settings: Any) -> None:
         value = getattr(settings, field.name)
         if value is None and field.default is None or value == field.default == ():
             continue
-        shown = list(value) if isinstance(value, tuple) else value
         if why := what_is_wrong(field.metadata, as_tuple(value)):
-            raise ValueError(f"{flag(field.name)} {shown}: {why}")
+            raise ValueError(f"{' '.join(map(str, (flag(field.name), *as_tuple(value))))}: {why}")
 
 
 def what_is_wrong(meta: typing.Mapping[str, Any], values: tuple) -> str:
@@ -1165,7 +1163,7 @@ def what_is_wrong(meta: typing.Mapping[str, Any], values: tuple) -> str:
         return "is too large"
     if not values:
         return "must not be empty"
-    return meta["distinct"] if len(set(values)) < len(values) else ""
+    return "one is given twice" if len(set(values)) < len(values) else ""
 
 
 def number(x: float) -> str:
@@ -1292,8 +1290,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = CommandLine(prog="tasks.py", description=main.__doc__)
     parser.add_argument("--data-dir", type=pathlib.Path, default=pathlib.Path("data"), metavar="DIR",
                         help="where the files of data sets are (default: %(default)s)")
+    data_dir = parser.parse_args(argv).data_dir
     dataset, keys = load_dataset("synthetic"), jax.random.split(jax.random.key(0), 3)
-    show_datasets(parser.parse_args(argv).data_dir, dataset)
+    show_datasets(data_dir, dataset)
     show_training(dataset, keys)
     show_coordinate_check(dataset, keys)
     return 0

@@ -275,7 +275,7 @@ def test_losses_are_clipped_and_a_diverged_run_recovers():
 def truncate(inner, settings):
     """A jitted truncation of N pairs: (keys, pairs, θ, meta-step) → ((mean gradient, mean loss), pairs)."""
     return jax.jit(es.over_pairs(
-        lambda key, pair, theta, i: es.truncation(inner, theta, pair, key, None, i, settings)))
+        lambda key, pair, theta, i: es.truncation(inner, settings, key, pair, theta, None, i)))
 
 
 def test_a_diverged_pair_gives_a_finite_gradient():
@@ -325,7 +325,7 @@ def test_each_run_is_told_its_length_and_its_loss():
 
 def perturbations(inner, theta, pairs, keys, settings, i):
     """The ε of a truncation of N pairs [N, P]: what accumulators hold after it that were 0 before."""
-    return jax.vmap(lambda key, pair: es.truncation(inner, theta, pair, key, None, i, settings)[1].xi,
+    return jax.vmap(lambda key, pair: es.truncation(inner, settings, key, pair, theta, None, i)[1].xi,
                     axis_name=es.SIDE_BY_SIDE)(keys, es.forget(pairs))
 
 
@@ -354,7 +354,7 @@ def test_a_pair_depends_on_the_seed_and_its_number_only(over_pairs):
     inner, settings, theta = least_squares(), es.Settings(0.1, 6, 9, 14), jnp.full(3, -1 / 3)
 
     def truncation(key, pair, i):
-        (_, loss), moved = es.truncation(inner, theta, es.forget(pair), key, None, i, settings)
+        (_, loss), moved = es.truncation(inner, settings, key, es.forget(pair), theta, None, i)
         return (), (moved, (moved.xi, loss, moved.params, moved.run_step, moved.length))  # ξ is ε, having been 0
 
     @jax.jit
@@ -391,7 +391,7 @@ def test_an_estimate_is_its_three_steps():
     inner, settings, theta = least_squares(), es.Settings(0.1, 6, 9, 14), jnp.asarray([-1.0])
     keys, i = es.pair_keys(KEY, jnp.arange(5)), jnp.int32(1)
     pairs = begin_all(inner, theta, keys, settings)._replace(xi=jnp.linspace(-0.1, 0.3, 5)[:, None])
-    truncation = lambda key, pair, theta, i: es.truncation(inner, theta, pair, key, None, i, settings)
+    truncation = lambda key, pair, theta, i: es.truncation(inner, settings, key, pair, theta, None, i)
 
     def in_three_steps(keys, pairs, theta, i):
         def three_steps(key, pair, eps):
@@ -423,7 +423,7 @@ def test_the_number_of_devices_changes_no_bit():
     def run(devices):
         mesh = Mesh(np.array(jax.devices()[:devices]), ("pairs",)) if devices else None
         estimate = es.over_pairs(
-            lambda key, pair, theta, i: es.truncation(inner, theta, pair, key, None, i, settings), mesh)
+            lambda key, pair, theta, i: es.truncation(inner, settings, key, pair, theta, None, i), mesh)
 
         def meta_step(pairs, i):
             values, pairs = estimate(keys, pairs, theta, i)

@@ -320,10 +320,10 @@ def test_missing_matplotlib_is_said_at_once(theta, tmp_path, monkeypatch, capsys
     (["--baselines", "adamw", "--seeds", "-1"], "--seeds -1: must be between"),
     (["--baselines", "adamw", "--tune-steps", "0"], "--tune-steps 0: must be between"),
     (["--baselines", "adamw", "--widths", "0"], "must be at least 1"),
-    (["--baselines", "adamw", "--widths", "8", "8"], "a width is repeated"),
+    (["--baselines", "adamw", "--widths", "8", "8"], "--widths 8 8: one is given twice"),
     (["--baselines", "adamw", "--depths", "3"], "--depths belongs to --sweep depth"),
     (["--baselines", "adamw", "--sweep", "depth", "--depth", "3"], "--depths belongs to --sweep depth"),
-    (["--baselines", "adamw", "--sweep", "depth", "--depths", "3", "0"], "--depths [3, 0]: must be between"),
+    (["--baselines", "adamw", "--sweep", "depth", "--depths", "3", "0"], "--depths 3 0: must be between"),
     (["--baselines", "adamw", "--sweep", "horizon", "--steps", "3"], "--lengths belongs to --sweep horizon"),
     (["--baselines", "adamw", "--lengths", "3"], "--lengths belongs to --sweep horizon, --steps to the other sweeps"),
     (["--baselines", "adamw", "--sweep", "horizon", "--lengths", "3", "3"], "--lengths 3 3: one is given twice"),
@@ -562,7 +562,7 @@ def test_a_killed_evaluation_goes_on(theta, trained, tmp_path, monkeypatch, caps
     assert whole == interrupted and [path.name for path in (tmp_path / "killed").iterdir()] == ["width.csv"]
 
 
-def test_results_of_other_settings_are_not_mixed(trained, theta, tmp_path, monkeypatch, capsys):
+def test_results_of_other_settings_are_not_mixed(trained, theta, dataset, tmp_path, monkeypatch, capsys):
     argv = [*ONE, "--theta", theta, "--out", tmp_path]
     journal = tmp_path / "width.partial.jsonl"
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -575,6 +575,10 @@ def test_results_of_other_settings_are_not_mixed(trained, theta, tmp_path, monke
         assert command(*argv, *flags) == 2
         error = capsys.readouterr().err
         assert culprit in error and str(journal) in error and error.count("\n") == 1
+    others = dataset._replace(train=dataset.train._replace(labels=np.roll(dataset.train.labels, 1)))
+    with monkeypatch.context() as patch:  # of the same name, shapes, means and deviations
+        patch.setattr(tasks, "load_data", lambda settings, download=False: others)
+        assert command(*argv) == 2 and "another data set" in capsys.readouterr().err
     lopt.save(theta, lopt.load(theta)._replace(step_mult=0.02))  # another θ in a file of the same name
     assert command(*argv) == 2 and "another θ in a file" in capsys.readouterr().err
     assert journal.read_bytes() == before

@@ -125,11 +125,12 @@ BOTH = [
     *each(("task", "dataset", "matmul-precision"), *NO_CHOICE),
     *each(POSITIVE, *NO_INTEGER, 0, -1, HUGE), *each(("seed",), *NO_INTEGER, -1, HUGE),
     ("--no-such-flag 3", "--no-such-flag"), ("stray", "stray"), ("--out", "--out"), ("--widths", "--widths"),
-    ("--widt 8", "--widt"), ("--widths 8 16 8", "repeated"), ("--widths 8 0", "--widths"),
+    ("--widt 8", "--widt"), ("--widths 8 16 8", "one is given twice"), ("--widths 8 0", "--widths"),
     ("--seed 4294967296", "--seed 4294967296"),
     ("--image-size 3", "image size 3"), ("--image-size 12", "image size 12"),
     ("--image-size 4096", "image size 4096"),
     ("--vocab-size 50", "vocab size 50"), ("--download", "'synthetic' cannot be downloaded"),
+    ("--data-dir @/full", "made in memory"),
     ("--dataset cifar10", "data: no such folder"), ("--dataset mnist --data-dir absent", "absent"),
     ("--dataset cifar10 --data-dir @/file", "file"), ("--dataset imagenet32 --data-dir @/full", "full"),
     ("--dataset text --data-dir absent.txt", "absent.txt"), ("--dataset text --data-dir @/short.txt", "short.txt"),
@@ -175,7 +176,7 @@ META = [
         ("--seed·3", "--seed is one for all tasks"), ("--pairs·4", "--pairs"), ("--task·'", "No closing quotation"),
         ("--task·lm", "needs text"), ("--dataset·text·--data-dir·absent.txt", "absent.txt"),
         ("--dataset·text·--data-dir·@/text.txt", "needs images"), ("--download·", "'synthetic' cannot be downloaded"),
-        ("--depth·2 --depth·2", "a task is repeated")]],
+        ("--depth·2 --depth·2", "one is given twice")]],
     ("--resume", "--resume needs --out"), ("--resume --out @/full", "full: is not empty"),
     ("--resume --out @/file", "file"), ("--coordinator localhost:1", "need --distributed"),
     ("--processes 2 --process-id 0", "need --distributed"), ("--distributed", "--distributed needs --out"),
@@ -404,7 +405,7 @@ def test_signal_leaves_a_checkpoint(number, finished, tmp_path, monkeypatch, cap
         assert command(*TINY, "--meta-steps", STEPS, "--out", out) == 128 + number
         assert signal.getsignal(number) is handler
     hint = capsys.readouterr().err.splitlines()[-1]
-    assert hint == f"stopped; go on with: python meta_train.py --out '{out}' --resume"
+    assert hint == f"stopped; to go on, give the same command with --out '{out}' --resume"
     assert shlex.split(hint)[-3:] == ["--out", str(out), "--resume"]
     assert lopt.load(out / "theta.npz").made["meta_steps_made"] == EVERY
     assert command(*RESUME, "--out", out) == 0
@@ -529,7 +530,7 @@ def test_a_signal_at_the_end_is_heard(at, finished, tmp_path, monkeypatch, capsy
     with monkeypatch.context() as patch:
         patch.setattr(*at, with_signal)
         assert command(*TINY, "--meta-steps", STEPS, "--out", out) == 128 + signal.SIGTERM
-    assert "stopped; go on with" in capsys.readouterr().err
+    assert "stopped; to go on" in capsys.readouterr().err
     assert command(*RESUME, "--out", out) == 0 and results(out) == results(finished)
 
 
@@ -574,6 +575,11 @@ def test_nothing_to_resume_is_one_line(finished, tmp_path, capsys):
         error = one_line(capsys)
         assert f"{tmp_path / name}: there is no checkpoint to resume from" in error and "--resume-or-begin" in error
         assert contents(tmp_path) == before
+    another_host_s = tmp_path / "other" / "checkpoint-00000010-1-of-2.npz"
+    another_host_s.parent.mkdir()
+    another_host_s.touch()
+    assert command(*RESUME, "--out", another_host_s.parent) == 2 and "no checkpoint there is whole" in one_line(capsys)
+    assert {path.name for path in another_host_s.parent.iterdir()} == {another_host_s.name, ".lock-0"}
     for said in (f"output in {out}\n", f"going on after meta-step {STEPS}\n"):
         assert command(*TINY, "--meta-steps", STEPS, "--resume-or-begin", "--out", out) == 0
         assert said in capsys.readouterr().out
@@ -599,6 +605,10 @@ def test_more_meta_steps_go_on_and_fewer_are_refused(finished, copy, capsys):
     error = one_line(capsys)
     assert "--sigma is 0.5 but was 0.01" in error and "--widths" in error
     assert contents(copy) == before
+    assert command(*TINY, "--preset", "paper-s", "--resume", "--out", copy) == 2
+    assert "cannot resume with other settings" in one_line(capsys)
+    assert command(*TINY, "--preset", "laptop", "--resume", "--out", copy) == 0  # whose number of meta-steps is another
+    assert results(copy) == results(finished)
     assert command(*RESUME, "--out", copy, "--meta-steps", STEPS + 2) == 0
     rows = results(copy)[1]
     assert rows[:STEPS + 1] == results(finished)[1]
@@ -647,7 +657,7 @@ def test_other_data_are_refused(copy, monkeypatch, capsys):
     monkeypatch.setattr(tasks, "make_synthetic", lambda size: (changed, labels))
     before = contents(copy)
     assert command(*RESUME, "--out", copy) == 2
-    assert "the training data of synthetic are not those of the run" in one_line(capsys)
+    assert "the data of synthetic are not those of the run" in one_line(capsys)
     assert contents(copy) == before
 
 
@@ -689,7 +699,7 @@ def test_entries_that_are_not_finite_count_as_zero():
 
 @pytest.mark.parametrize("seed, bad", [(1, None), (2, 500)])
 def test_meta_step_without_a_finite_gradient_changes_nothing(seed, bad, monkeypatch):
-    def truncation(inner, theta, pair, *rest):
+    def truncation(inner, settings, key, pair, theta, *rest):
         return (jnp.ones_like(theta).at[:bad].set(jnp.nan), jnp.float32(1.0)), pair  # the first `bad`, or all
 
     monkeypatch.setattr(es, "truncation", truncation)

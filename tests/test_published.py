@@ -3,7 +3,6 @@
 import json
 import struct
 import tracemalloc
-import types
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ from conftest import GOLDEN_DIR
 
 import evaluate
 import lopt
+import tasks
 
 # ---------------------------------------------------------------------------------------------------------
 # Writers in the published layouts
@@ -142,7 +142,8 @@ def test_the_reference_theta_is_the_same_from_all_of_its_files(tmp_path, referen
     assert lopt.theta_files(tmp_path / "pair") == [tmp_path / "pair" / name / "model.safetensors"
                                                    for name in ("VeLO_MLP", "VeLO_RNN")]
     plan = evaluate.prepare(["--theta", str(tmp_path / "pair")])
-    dataset = types.SimpleNamespace(name="none", train=types.SimpleNamespace(inputs=np.zeros(1)), mean=0, std=1)
+    split = tasks.Split(np.zeros((1, 2)), np.zeros(1))
+    dataset = tasks.Dataset("none", 2, (), (), split, split)
     assert len(evaluate.record(plan.settings, dataset)["checksums"][str(tmp_path / "pair")]) == 64  # a checksum of both
     lopt.write_npz(tmp_path / "x.npz", reference)
     assert_same(lopt.read_npz(tmp_path / "x.npz", 1 << 20), reference)
