@@ -735,14 +735,18 @@ PLANNED = ("--sweep horizon --theta {results}/mulo_m_long.npz {results}/lo_m_lon
            f"--lengths 1000 3000 10000 25000 {CIFAR}")
 PLANNED_COOLED = (f"{PLANNED} {COOLDOWN} --baselines adamw_decay adamw_cosine --tune per-width "
                   "--tune-seeds 2")
-LARGER = f"--sweep horizon --decay 1.2e-3 {COOLDOWN} {CIFAR} --seeds 5 --lengths 3000 10000 25000"
+LARGER = "--theta {results}/mulo_m_long.npz --step-mult 0.004"
+LARGER_LO = "--theta {results}/lo_m_long.npz --step-mult 0.0013333"
+LONG = f"--sweep horizon {COOLDOWN} {CIFAR} --seeds 5 --widths 128 512"
 EXPERIMENTS = {
     "width": f"--sweep width {THREE} --baselines adamw {CIFAR} --tune both --tune-seeds 2 "
              "--seeds 5 --widths 32 64 128 256 512 1024 2048 4096",
     "width-cooldown": f"--sweep width {THREE} {COOLED} {CIFAR} --tune-seeds 2 --seeds 5 "
                       "--widths 32 64 128 256 512 1024 2048 4096",
     "width-step-mult": f"--sweep width --theta {BASE_WIDTH} {COOLDOWN} --step-mult 0.004 {CIFAR} "
-                       "--seeds 4 --widths 32 64 128 256 512 1024 2048",
+                       "--seeds 5 --widths 32 64 128 256 512 1024 2048",
+    "width-step-mult-4096": f"--sweep width --theta {BASE_WIDTH} {COOLDOWN} --step-mult 0.004 "
+                            f"{CIFAR} --seeds 3 --widths 4096",
     "width-others": f"--sweep width --theta {PAIR_S} {{results}}/mulo_m_long.npz "
                     f"--baselines muadam {CIFAR} --tune both --tune-seeds 2 --seeds 5 {THREE_WIDTHS}",
     "width-seeds": f"--sweep width {BOTH_MULO_M} --baselines adamw {CIFAR} --tune per-width "
@@ -764,12 +768,12 @@ EXPERIMENTS = {
     "horizon-planned": f"{PLANNED_COOLED} --widths 128",
     "horizon-512": f"{PLANNED_COOLED} --widths 512",
     "horizon-no-cooldown": f"{PLANNED} --widths 128 512",
-    "horizon-decay": "--sweep horizon --theta {results}/mulo_m_long.npz --decay 1.5e-3 "
-                     f"{COOLDOWN} {CIFAR} --seeds 5 --widths 128 512 --lengths 3000 10000 25000",
-    "horizon-step-mult": "--theta {results}/mulo_m_long.npz --step-mult 0.004 --widths 128 512 "
-                         f"{LARGER}",
-    "horizon-step-mult-lo": "--theta {results}/lo_m_long.npz --step-mult 0.0013333 --widths 128 "
-                            f"{LARGER}",
+    "horizon-decay": f"{LONG} --theta {{results}}/mulo_m_long.npz --decay 1.5e-3 "
+                     "--lengths 3000 10000 25000",
+    "horizon-step-mult": f"{LONG} {LARGER} --decay 1.2e-3 --lengths 3000 10000 25000",
+    "horizon-step-mult-lo": f"{LONG} {LARGER_LO} --decay 1.2e-3 --lengths 25000",
+    "horizon-step-mult-short": f"{LONG} {LARGER} --decay 1.8e-3 --lengths 3000 10000",
+    "horizon-step-mult-short-lo": f"{LONG} {LARGER_LO} --decay 1.8e-3 --lengths 3000 10000",
     "pre-activations": f"--sweep coordinate-check {THREE} {CIFAR} --steps 500 --seeds 2 "
                        f"{THREE_WIDTHS}",
     "coordinate-check": f"--sweep coordinate-check --theta {PAIR_S} {{results}}/mulo_m.npz "
