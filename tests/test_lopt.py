@@ -267,6 +267,24 @@ def test_features_may_be_added(monkeypatch):
         lopt.learned_optimizer(lopt.Learned(some_mlp(*MLPS[1]), step_mult=0.1))
 
 
+@pytest.mark.parametrize("in_kernel", [False, True])
+def test_equations_may_be_changed_where_they_stand(in_kernel, monkeypatch):
+    """How features are scaled, and the MLP's activation: the fast paths follow."""
+    if in_kernel:
+        in_one_kernel(monkeypatch)
+    monkeypatch.setattr(lopt, "rms_scale", lambda mean_square: jax.lax.rsqrt(1.0 + mean_square))
+    monkeypatch.setattr(lopt, "activation", jnp.tanh)
+    meets_the_plain_update(lopt.Learned(some_theta(), step_mult=0.1), [(7, 5)], steps=1)
+
+
+def test_a_tensor_of_more_weights_than_int32_counts():
+    """Embeddings, or layers that are stacked. Nothing is computed."""
+    learned = lopt.Learned(lopt.init_theta(jax.random.key(0)), step_mult=0.1)
+    optimizer, p = lopt.learned_optimizer(learned), jax.ShapeDtypeStruct((50_000, 50_000), jnp.bfloat16)
+    update, _ = jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), p)
+    assert update.shape == p.shape and update.dtype == p.dtype
+
+
 def test_the_chunk_does_not_matter(monkeypatch):
     learned, draw = lopt.Learned(some_theta(), step_mult=0.1), normal(4)
     params, grads = draw((37, 50)), draw((37, 50))
