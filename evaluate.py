@@ -735,6 +735,7 @@ PLANNED = ("--sweep horizon --theta {results}/mulo_m_long.npz {results}/lo_m_lon
            f"--lengths 1000 3000 10000 25000 {CIFAR}")
 PLANNED_COOLED = (f"{PLANNED} {COOLDOWN} --baselines adamw_decay adamw_cosine --tune per-width "
                   "--tune-seeds 2")
+LARGER_WIDTH = f"--sweep width --theta {BASE_WIDTH} {COOLDOWN} --step-mult 0.004 {CIFAR}"
 LARGER = "--theta {results}/mulo_m_long.npz --step-mult 0.004"
 LARGER_LO = "--theta {results}/lo_m_long.npz --step-mult 0.0013333"
 LONG = f"--sweep horizon {COOLDOWN} {CIFAR} --seeds 5 --widths 128 512"
@@ -743,10 +744,8 @@ EXPERIMENTS = {
              "--seeds 5 --widths 32 64 128 256 512 1024 2048 4096",
     "width-cooldown": f"--sweep width {THREE} {COOLED} {CIFAR} --tune-seeds 2 --seeds 5 "
                       "--widths 32 64 128 256 512 1024 2048 4096",
-    "width-step-mult": f"--sweep width --theta {BASE_WIDTH} {COOLDOWN} --step-mult 0.004 {CIFAR} "
-                       "--seeds 5 --widths 32 64 128 256 512 1024 2048",
-    "width-step-mult-4096": f"--sweep width --theta {BASE_WIDTH} {COOLDOWN} --step-mult 0.004 "
-                            f"{CIFAR} --seeds 3 --widths 4096",
+    "width-step-mult": f"{LARGER_WIDTH} --seeds 5 --widths 32 64 128 256 512 1024 2048",
+    "width-step-mult-4096": f"{LARGER_WIDTH} --seeds 3 --widths 4096",
     "width-others": f"--sweep width --theta {PAIR_S} {{results}}/mulo_m_long.npz "
                     f"--baselines muadam {CIFAR} --tune both --tune-seeds 2 --seeds 5 {THREE_WIDTHS}",
     "width-seeds": f"--sweep width {BOTH_MULO_M} --baselines adamw {CIFAR} --tune per-width "

@@ -338,7 +338,7 @@ def pace_of(learned: Learned, num_steps: int | Array | None) -> float | Array:
 
 
 class LearnedOptimizerState(NamedTuple):
-    """step: int32, updates made so far. averages: one `Averages` for each tensor of weights."""
+    """step: int32, updates made so far. averages: one `Averages` for each tensor that can move."""
     step: Array
     averages: tuple[Averages, ...]
 
@@ -627,7 +627,7 @@ def check_velo_theta(theta: dict[str, Array]) -> None:
 
 
 class AdamState(NamedTuple):
-    """step: int32, updates made so far. m, v: trees like the params, with None for what is no weight."""
+    """step: int32, updates made so far. m, v: trees like the params, with None for those that cannot move."""
     step: Array
     m: Tree
     v: Tree
@@ -719,16 +719,16 @@ def with_cooldown(optimizer: Optimizer, num_steps: int | Array, cooldown: float)
 
 
 def for_any_params(init: Callable, update: Callable) -> Optimizer:
-    """An optimizer of params of any type, shape and mesh, of one of weights alone, to which None stands for what is no
-    weight: an empty tensor, or one of integers or truth values, that stays as it is.
+    """An optimizer of params of any type, shape and mesh, of one to which None stands for each that cannot move: an
+    empty tensor, or one of integers or truth values.
 
     `update` gets gradients and params in the type to compute in; what it returns gets the params' types.
     """
-    def is_weight(p: Array) -> bool:
+    def can_move(p: Array) -> bool:
         return jnp.size(p) > 0 and jnp.issubdtype(jnp.asarray(p).dtype, jnp.inexact)
 
     def to_compute_with(tree: Tree, params: Tree) -> Tree:
-        return jax.tree.map(lambda p, x: jnp.asarray(x, working_type(p)) if is_weight(p) else None, params, tree)
+        return jax.tree.map(lambda p, x: jnp.asarray(x, working_type(p)) if can_move(p) else None, params, tree)
 
     def as_type_of(p: Array, u: Array | None) -> Array:
         return jnp.zeros_like(p) if u is None else u.astype(jnp.asarray(p).dtype)
@@ -737,7 +737,7 @@ def for_any_params(init: Callable, update: Callable) -> Optimizer:
         updates, state = update(to_compute_with(grads, params), state, to_compute_with(params, params), value=value)
         return jax.tree.map(as_type_of, params, updates), state
 
-    return Optimizer(lambda params: init(jax.tree.map(lambda p: p if is_weight(p) else None, params)), sharded(of_any))
+    return Optimizer(lambda params: init(jax.tree.map(lambda p: p if can_move(p) else None, params)), sharded(of_any))
 
 
 def working_type(p: Array) -> jnp.dtype:

@@ -13,10 +13,10 @@ inner steps on, estimates the meta-gradient from their losses by Persistent Evol
 sharded over the local devices, and over all hosts with --distributed; a CPU is as many devices as
 divide the pairs, one for each of its cores at most.
 
-OUT/ holds theta.npz (θ, written with each checkpoint but that of step 0), metrics.csv (a row for each meta-step),
-meta-loss.png (where matplotlib is there) and the last two checkpoints, from which a run that was
-interrupted goes on exactly: by --resume, or by --resume-or-begin in a script that is run again and
-again. What is random depends on the seed, the pair and the time alone. On a GPU, XLA chooses kernels
+OUT/ holds theta.npz (θ, written with each checkpoint but that of step 0), metrics.csv (a row for
+each meta-step), meta-loss.png (where matplotlib is there) and the last two checkpoints, from which
+a run that was interrupted goes on exactly: by --resume, or by --resume-or-begin in a script that is
+run again and again. What is random depends on the seed, the pair and the time alone. On a GPU, XLA chooses kernels
 by timing them as it compiles, so that another process may round otherwise: where a resumed run must
 be the same to the last bit, set XLA_FLAGS=--xla_gpu_autotune_level=0 for all its processes.
 
@@ -1032,7 +1032,7 @@ def where_to_begin(settings: Settings, given: dict[str, Any], folder: Folder | N
                    datasets: Sequence[tasks.Dataset]) -> tuple[Settings, lopt.Learned]:
     """What a run begins or goes on with, and its settings, which take θ's sizes from --first-theta.
 
-    Raises ValueError for a run that would go on with other training data, and for a --first-theta
+    Raises ValueError for a run that would go on with other data, and for a --first-theta
     that cannot be read or does not fit.
     """
     data = " ".join(map(tasks.fingerprint, datasets))

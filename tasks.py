@@ -826,9 +826,9 @@ def load_dataset(name: str, data_dir: str | os.PathLike | None = None,
     """Reads one of DATASETS, checks it and puts it on the device.
 
     data_dir: the folder that holds its files, or (text, tokens) the file itself. image_size: pixels to
-    which images are shrunk; those of synthetic, which has no files, are made of that size. vocab_size: of tokens, required
-    there. sequence_length: of the rows of text (64). Raises ValueError, in one line that names the file,
-    for whatever is missing, damaged or does not fit.
+    which images are shrunk; those of synthetic, which has no files, are made of that size. vocab_size: of
+    tokens, required there. sequence_length: of the rows of text (64). Raises ValueError, in one line that
+    names the file, for whatever is missing, damaged or does not fit.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}: use one of {', '.join(DATASETS)}")
@@ -949,7 +949,7 @@ def fetch(address: str) -> bytearray:
     content = bytearray()
     with urllib.request.urlopen(address, timeout=30) as response:
         expected = response.length
-        with tqdm.tqdm(total=expected, unit="B", unit_scale=True, desc=address) as progress:
+        with tqdm.tqdm(total=expected, unit="B", unit_scale=True, desc=address.rpartition("/")[2]) as progress:
             while (block := response.read(1 << 16)) and len(content) <= MAX_DOWNLOAD:
                 content += block
                 progress.update(len(block))
