@@ -1,439 +1,330 @@
-"""PES: the estimator against the reference, its unbiasedness, and the rules of runs, resets and randomness."""
+"""PES: the estimator against the reference, its unbiasedness, and its runs and draws."""
 
-from typing import NamedTuple
+import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN_DIR, side_by_side
+from conftest import GOLDEN_DIR, side_by_side, tree
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
 import es
+import lopt
+import tasks
 from lopt import Optimizer
 
-KEY = jax.random.key(7)
+KEY, ONES = jax.random.key(7), jnp.ones((2, 1))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """XLA compiles in a fifth of the time without its optimizations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_the_estimator_meets_the_reference():
     data = np.load(GOLDEN_DIR / "pes.npz", allow_pickle=False)
-    tree = lambda prefix: {name.split("/")[1]: jnp.asarray(data[name]) for name in sorted(data.files)
-                           if name.startswith(prefix + "/")}
-    flat = lambda prefix: jax.vmap(lambda one: ravel_pytree(one)[0])(tree(prefix))  # (N, P)
-    assert tree("grad")
-    unravel = ravel_pytree(tree("grad"))[1]
-    losses = jnp.stack([data["pos_loss"].T, data["neg_loss"].T], axis=-1)  # (N, K, 2)
+
+    def vectors(prefix):  # [N, P]
+        return jax.vmap(lambda one: ravel_pytree(one)[0])(tree(data, prefix))
+
+    losses = jnp.stack([data["pos_loss"].T, data["neg_loss"].T], axis=-1)  # [N, K, 2]
     counted, after = jnp.asarray(data["counted"].T), jnp.asarray(data["after"].T)
     estimate = jax.jit(jax.vmap(es.pes_gradient, (0, 0, 0, 0, 0, None)))
-    gradients, xi = estimate(losses, counted, after, flat("eps"), flat("accumulator"), data["std"])
-    gradient, xi = unravel(jnp.mean(gradients, axis=0)), jax.vmap(unravel)(xi)
-    for name, expected in tree("grad").items():
-        np.testing.assert_allclose(gradient[name], expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
-    for name, expected in tree("next_accumulator").items():
-        np.testing.assert_allclose(xi[name], expected, rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(jnp.mean(jax.vmap(es.mean_loss)(losses, counted)), data["mean_loss"], rtol=1e-5)
-
-
-def test_accumulators_add_up_and_begin_anew_with_a_run():
-    losses, eps, xi = jnp.ones((3, 2)), jnp.asarray([0.5, 0.25]), jnp.asarray([2.0, 3.0])
-    for after, expected in (([False] * 3, [2.5, 3.25]), ([False, True, True], [0.5, 0.25])):
-        after = jnp.asarray(after)
-        _, accumulator = es.pes_gradient(losses, ~after, after, eps, xi, 0.1)
-        np.testing.assert_array_equal(accumulator, expected)
+    gradients, xi = estimate(losses, counted, after, vectors("eps"), vectors("accumulator"),
+                             data["std"])
+    expected, _ = ravel_pytree(tree(data, "grad"))
+    np.testing.assert_allclose(jnp.mean(gradients, axis=0), expected, rtol=1e-5,
+                               atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(xi, vectors("next_accumulator"), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(jnp.mean(jax.vmap(es.mean_loss)(losses, counted)),
+                               data["mean_loss"], rtol=1e-5)
+    assert not np.all(counted) and np.any(after) and not np.all(after[:, -1])
 
 
 def test_a_truncation_without_counted_steps_gives_no_gradient():
-    nothing, ones = jnp.zeros(1, bool), jnp.ones(2)
-    gradient, _ = es.pes_gradient(jnp.asarray([[1.0, 0.0]]), nothing, ~nothing, ones, ones, 0.1)
+    nothing, losses = jnp.zeros(1, bool), jnp.asarray([[1.0, 0.0]])
+    gradient, _ = es.pes_gradient(losses, nothing, ~nothing, jnp.ones(2), jnp.ones(2), 0.1)
     np.testing.assert_array_equal(gradient, [0.0, 0.0])
+    assert es.mean_loss(losses, nothing) == 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Unbiasedness
+# -------- Unbiasedness
+def influence_gradient(theta, length, truncation):
+    """Of influence balancing's mean loss, in float64. x₁ is linear in θ, so that σ does not matter.
 
-
-def step_weights(length: int, truncation: int) -> np.ndarray:
-    """How much each step of a run counts in the mean over truncations of the mean over their counted steps.
-
-    Runs of one length make a cycle of length + 1 steps, the last being the reset; a truncation may begin at any.
+    A cycle is a run and the step of its reset. A truncation may begin at any step of the cycle, and
+    averages its counted steps.
     """
     weights, cycle = np.zeros(length + 1), length + 1
     for start in range(cycle):
-        counted = [step for step in np.arange(start, start + truncation) % cycle if step != length]
+        counted = [t for t in np.arange(start, start + truncation) % cycle if t != length]
         weights[counted] += 1 / len(counted) / cycle
-    return weights[:length]
-
-
-def influence_gradient(theta: float, length: int, truncation: int) -> float:
-    """Of the mean loss, in float64: x₁ is linear in θ, so that smoothing by σ does not change it."""
-    a = 0.5 * (np.eye(23) + np.eye(23, k=1))
-    v = np.r_[np.ones(10), -np.ones(13)]
+    a, v = 0.5 * (np.eye(23) + np.eye(23, k=1)), np.r_[np.ones(10), -np.ones(13)]
     x, dx, gradient = np.ones(23), np.zeros(23), []
     for _ in range(length):
         gradient.append((x[0] - 1.0) * dx[0])
         x, dx = a @ x + theta * v, a @ dx + v
-    return float(step_weights(length, truncation) @ gradient)
+    return weights[:length] @ gradient
 
 
-CURVATURE, NOISE = jnp.asarray([1.0, 0.1]), 0.5
+CURVATURE = jnp.asarray([1.0, 0.1])
 
 
-def least_squares() -> es.Inner:
-    """Noisy least squares in two dimensions by SGD; the sum of θ is the logarithm of its learning rate."""
-    def optimizer(theta, num_steps):
-        return Optimizer(lambda w: (), lambda g, state, w, *, value: (-jnp.exp(jnp.sum(theta)) * g, state))
-
-    return es.Inner(es.Problem(lambda key: 1.0 + jax.random.normal(key, (2,)),
-                               lambda key, split: NOISE * jax.random.normal(key, (2,)),
-                               lambda w, b: 0.5 * jnp.sum(CURVATURE * (w - b) ** 2), max_loss=1e3), optimizer)
-
-
-def least_squares_gradient(log_lr: float, length: int, truncation: int) -> float:
-    """Of the expected mean loss: E[w²] ← (1 − ηh)² E[w²] + (ηh)² noise², starting at 2."""
-    def loss(log_lr):
-        square, losses = jnp.full(2, 2.0), []
-        rate = jnp.exp(log_lr) * CURVATURE
-        for _ in range(length):
-            losses.append(0.5 * jnp.sum(CURVATURE * (square + NOISE**2)))
-            square = (1 - rate) ** 2 * square + (rate * NOISE) ** 2
-        return step_weights(length, truncation) @ jnp.stack(losses)
-
-    return float(jax.grad(loss)(log_lr))
+def least_squares(max_loss=1e3):
+    """Noisy least squares by SGD. The sum of θ is the logarithm of its learning rate."""
+    task = SimpleNamespace(init=lambda key: 1.0 + jax.random.normal(key, (2,)),
+                           sample=lambda key, split: 0.5 * jax.random.normal(key, (2,)),
+                           loss=lambda w, batch: 0.5 * jnp.sum(CURVATURE * (w - batch) ** 2),
+                           max_loss=max_loss)
+    return es.Inner(task, lambda theta, steps: Optimizer(
+        lambda w: (), lambda g, state, w, value: (-jnp.exp(jnp.sum(theta)) * g, state)))
 
 
-PROBLEMS = {"influence balancing": (es.influence_balancing, 0.5, 96, 10, influence_gradient, 512),
-            "least squares": (least_squares, -1.2, 20, 5, least_squares_gradient, 2048)}
+def measured(inner, pes, theta, keys, truncations, persistent=True, skip=0):
+    """(the mean over the pairs of the estimates, its standard error)."""
+    g, _ = jax.jit(lambda keys: es.estimates(inner, pes, theta, keys, truncations, persistent,
+                                             skip))(keys)
+    g = np.asarray(g, np.float64)
+    assert g.shape == (len(keys), 1)
+    return g.mean(), g.std() / np.sqrt(len(keys))
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_pes_is_unbiased_and_truncated_es_is_not(name):
-    """Runs of one length, longer than a truncation, over whole cycles of resets (the first runs left out)."""
-    make, value, length, truncation, gradient, repeats = PROBLEMS[name]
-    theta, truth = jnp.asarray([value]), gradient(value, length, truncation)
-    keys, settings = es.pair_keys(KEY, jnp.arange(repeats)), es.Settings(0.01, truncation, length, length)
-    skip = -(-length // truncation) + 1
-    truncations = skip + (length + 1) * (1 if length > 50 else 4)
-
-    def measure(persistent):
-        g = np.asarray(es.independent_estimates(make(), theta, keys, truncations, settings, persistent=persistent,
-                                                skip=skip), np.float64)
-        assert g.shape == (repeats, 1)
-        return g.mean(), g.std() / np.sqrt(repeats)
-
-    (pes, pes_error), (truncated, truncated_error) = side_by_side(measure, (True, False))
-    print(f"{name}: exact {truth:.4f}, PES {pes:.4f} ± {pes_error:.4f}, "
-          f"truncated ES {truncated:.4f} ± {truncated_error:.4f}")
-    assert pes_error < 0.03 * abs(truth)
-    assert abs(pes - truth) < 4 * pes_error, (pes, pes_error, truth)
-    assert abs(truncated - truth) > 10 * max(truncated_error, pes_error), (truncated, truncated_error, truth)
+def test_pes_is_unbiased_and_truncated_es_is_not():
+    """Over whole cycles of runs of one length, without the first runs, which offsets shorten."""
+    exact, keys = influence_gradient(0.5, 96, 10), es.pair_keys(KEY, jnp.arange(512))
+    (pes, error), (truncated, other_error) = side_by_side(lambda persistent: measured(
+        es.influence_balancing(), es.PES(0.01, 10, 96, 96), jnp.asarray([0.5]), keys, 11 + 97,
+        persistent, skip=11), (True, False))
+    print(f"exact {exact:.2f}, PES {pes:.2f} ± {error:.2f}, ES {truncated:.2f} ± {other_error:.2f}")
+    assert error < 0.03 * abs(exact) and abs(pes - exact) < 4 * error
+    assert abs(truncated - exact) > 10 * max(error, other_error)
 
 
 def test_pes_is_unbiased_with_runs_of_random_lengths():
-    """Against the derivative through the same runs (weights, batches, lengths, offsets), first runs included."""
-    keys, settings = es.pair_keys(KEY, jnp.arange(2048)), es.Settings(0.01, 5, 7, 40)
-    arguments = (least_squares(), jnp.asarray([-1.2]), keys, 40, settings)
-    exact = float(es.exact_gradient(*arguments)[1][0])
-    estimates = side_by_side(lambda persistent: es.independent_estimates(*arguments, persistent=persistent),
-                             (True, False))
-    for persistent, estimate in zip((True, False), estimates):
-        g = np.asarray(estimate, np.float64)
-        error, miss = g.std() / np.sqrt(g.size), abs(g.mean() - exact)
-        print(f"random lengths: exact {exact:.4f}, {'PES' if persistent else 'truncated ES'} "
-              f"{g.mean():.4f} ± {error:.4f}")
-        assert error < 0.04 * abs(exact)
-        assert miss < 4 * error if persistent else miss > 10 * error
+    """The exact gradient is the derivative through the same runs, unperturbed for a tiny σ."""
+    inner, keys = least_squares(), es.pair_keys(KEY, jnp.arange(1024))
+    pes, theta = es.PES(0.01, 5, 7, 40), jnp.asarray([-1.2])
+
+    def mean_loss(theta):
+        unperturbed = pes._replace(sigma=1e-30)
+        return jnp.mean(es.estimates(inner, unperturbed, theta, keys, 40)[1])
+
+    (exact,), (mean, error) = side_by_side(lambda function: function(theta), (
+        jax.jit(jax.grad(mean_loss)), lambda theta: measured(inner, pes, theta, keys, 40)))
+    assert error < 0.04 * abs(exact) and abs(mean - exact) < 4 * error
 
 
-def test_the_exact_gradient_of_the_demonstration_is_exact():
-    _, exact = es.exact_gradient(es.influence_balancing(), jnp.asarray([0.5]), es.pair_keys(KEY, jnp.arange(2)), 31 + 4,
-                                 es.Settings(0.1, 10, 30, 30), skip=4)
-    np.testing.assert_allclose(exact, [influence_gradient(0.5, 30, 10)], rtol=1e-4)
+# -------- Runs and their resets
+def play(inner, pes, thetas, n, truncations, split=None):
+    """Unroll N pairs at thetas [2, P] for several truncations.
 
-
-# ---------------------------------------------------------------------------------------------------------
-# Runs and their resets
-
-
-def counting() -> es.Inner:
-    """A run whose loss tells its story: the whole part counts its updates, the rest marks its initial weights.
-
-    The optimizer's state counts its updates, too; its update is the first of θ (1 for the whole part to count).
+    Returns, as NumPy arrays, the pairs at first, the pairs after each truncation [T, N, …], losses
+    [N, T·K, 2], counted [N, T·K] and after [N, T·K].
     """
-    def optimizer(theta, num_steps):
-        return Optimizer(lambda w: jnp.zeros((), jnp.int32),
-                         lambda g, count, w, *, value: ({"w": theta[0] * jnp.ones(())}, count + 1))
+    def one(key):
+        def truncation(pair, i):
+            pair, *recorded = es.unroll(inner, pes, key, pair, thetas, split, i)
+            return pair, (pair, recorded)
 
-    return es.Inner(es.Problem(lambda key: {"w": 0.9 * jax.random.uniform(key)}, lambda key, split: (),
-                               lambda params, batch: params["w"], max_loss=1e6), optimizer)
+        first = es.new_pair(inner, pes, key, thetas[0])
+        return first, *jax.lax.scan(truncation, first, jnp.arange(truncations))[1]
 
-
-class Recorded(NamedTuple):
-    """What several truncations of N pairs record, one after the other: losses [N, T, 2]; counted, after [N, T]."""
-    losses: np.ndarray
-    counted: np.ndarray
-    after: np.ndarray
-
-
-def begin_all(inner, theta, keys, settings):
-    """N pairs, each at the start of its first run."""
-    return jax.jit(jax.vmap(lambda key: es.begin(inner, theta, key, settings)))(keys)
+    first, pairs, recorded = jax.device_get(jax.jit(jax.vmap(
+        one, axis_name=es.SIDE_BY_SIDE))(es.pair_keys(KEY, jnp.arange(n))))
+    return (first, jax.tree.map(lambda x: np.moveaxis(x, 1, 0), pairs),
+            *(x.reshape(n, -1, *x.shape[3:]) for x in recorded))
 
 
-def unroll_all(inner, thetas, pairs, keys, settings, truncations):
-    """Several truncations of N pairs at thetas [2, P]: (the pairs at last, `Recorded`)."""
-    step = jax.jit(jax.vmap(lambda key, pair, i: es.unroll(inner, thetas, pair, key, None, i, settings), (0, 0, None),
-                            axis_name=es.SIDE_BY_SIDE))
-    recorded = []
-    for i in range(truncations):
-        pairs, *records = step(keys, pairs, jnp.int32(i))
-        recorded.append(jax.tree.map(np.asarray, records))
-    return pairs, Recorded(*(np.concatenate(x, axis=1) for x in zip(*recorded)))
-
-
-ONE = jnp.ones(1)
+def counting():
+    """The loss counts the updates of a run; its fraction marks the run's initial weights."""
+    task = SimpleNamespace(init=lambda key: 0.9 * jax.random.uniform(key), max_loss=1e6,
+                           sample=lambda key, split: (), loss=lambda w, batch: w)
+    return es.Inner(task, lambda theta, steps: Optimizer(
+        lambda w: jnp.zeros((), jnp.int32), lambda g, count, w, value: (theta[0], count + 1)))
 
 
 def test_runs_count_their_steps_and_begin_anew():
-    settings, n = es.Settings(0.1, 6, 9, 9), 16
-    keys = es.pair_keys(KEY, jnp.arange(n))
-    first = begin_all(counting(), ONE, keys, settings)
-    last, (losses, counted, after) = unroll_all(counting(), jnp.ones((2, 1)), first, keys, settings, 6)
-    steps = losses.shape[1]
-    assert steps == 36
+    length, n, k = 9, 16, 6
+    pes = es.PES(0.1, k, length, length)
+    first, pairs, losses, counted, after = play(counting(), pes, ONES, n, 6)
+    np.testing.assert_array_equal(losses[..., 0], losses[..., 1])
     for j in range(n):
-        loss = losses[j, :, 0]
-        counter, update, mark, began = int(first.run_step[j]), 0, loss[0] % 1, False
-        marks = [mark]
-        for t in range(steps):
-            began = began and t % settings.truncation > 0
-            due = counter == 9
-            began = began or due
+        step, updates, began, marks = int(first.run_step[j]), 0, False, [losses[j, 0, 0] % 1]
+        for t in range(36):
+            due = step == length
+            began = began and t % k > 0 or due
             assert counted[j, t] != due and after[j, t] == began, (j, t)
             if due:
-                counter, update = 0, 0
-                marks.append(loss[t + 1] % 1 if t + 1 < steps else -1.0)
+                step, updates = 0, 0
+                marks.append(losses[j, t + 1, 0] % 1 if t < 35 else -1.0)
             else:
-                assert loss[t] == pytest.approx(update + marks[-1], abs=1e-5), (j, t)
-                counter, update = counter + 1, update + 1
-        assert int(last.run_step[j]) == counter
-        np.testing.assert_array_equal(last.opt_state[j], [update, update])  # the optimizer began anew as well
-        assert len(marks) >= 4 and len(set(np.round(marks, 5))) == len(marks), "fresh weights must differ"
-    assert len(set(np.asarray(first.run_step).tolist())) > 1, "pairs must not be reset in lockstep"
+                assert losses[j, t, 0] == pytest.approx(updates + marks[-1], abs=1e-5), (j, t)
+                step, updates = step + 1, updates + 1
+        assert pairs.run_step[-1, j] == step
+        np.testing.assert_array_equal(pairs.opt_state[-1, j], [updates, updates])  # began anew, too
+        assert len(marks) >= 4 and len(set(np.round(marks, 5))) == len(marks)  # weights differ
 
 
-@pytest.mark.parametrize("max_offset, bound", [(None, 50), (80, 80)])
-def test_lengths_are_log_uniform_and_offsets_uniform(max_offset, bound):
-    n, settings = 20_000, es.Settings(0.1, 50, 100, 1000, max_offset)
-    pairs = begin_all(counting(), ONE, es.pair_keys(KEY, jnp.arange(n)), settings)
-    lengths, offsets = np.asarray(pairs.length), np.asarray(pairs.run_step)
+def test_lengths_are_log_uniform_and_offsets_uniform():
+    n, pes = 20_000, es.PES(0.1, 50, 100, 1000)
+
+    def first(key, max_offset):
+        return es.new_pair(counting(), pes._replace(max_offset=max_offset), key, jnp.ones(1))
+
+    keys = es.pair_keys(KEY, jnp.arange(n))
+    pairs, offset = jax.jit(jax.vmap(lambda key: (first(key, 80), first(key, None).run_step)))(keys)
+    lengths = np.asarray(pairs.length)
     assert lengths.dtype == np.int32 and lengths.min() >= 100 and lengths.max() <= 1000
-    shares = np.quantile(np.log(lengths / 100) / np.log(10), [0.1, 0.25, 0.5, 0.75, 0.9])
+    shares = np.quantile(np.log10(lengths / 100), [0.1, 0.25, 0.5, 0.75, 0.9])
     np.testing.assert_allclose(shares, [0.1, 0.25, 0.5, 0.75, 0.9], atol=0.02)
-    counts = np.bincount(offsets, minlength=bound)
-    assert len(counts) == bound and np.abs(counts - n / bound).max() < 5 * np.sqrt(n / bound)
+    for offsets, bound in ((pairs.run_step, 80), (offset, pes.truncation)):
+        counts = np.bincount(offsets, minlength=bound)
+        assert len(counts) == bound and np.abs(counts - n / bound).max() < 5 * np.sqrt(n / bound)
     assert pairs.xi.shape == (n, 1) and not np.any(pairs.xi)
 
 
-def test_later_runs_draw_new_lengths():
-    inner, settings, keys = counting(), es.Settings(0.1, 10, 10, 20), es.pair_keys(KEY, jnp.arange(32))
-    pairs = begin_all(inner, ONE, keys, settings)
-    step = jax.jit(jax.vmap(lambda key, pair, i: es.unroll(inner, jnp.ones((2, 1)), pair, key, None, i, settings),
-                            (0, 0, None), axis_name=es.SIDE_BY_SIDE))
-    seen = [pairs.length]
-    for i in range(6):
-        pairs, *_ = step(keys, pairs, jnp.int32(i))
-        seen.append(pairs.length)
-    seen = np.stack(seen)
-    assert seen.min() >= 10 and seen.max() <= 20
-    assert np.mean([len(set(column)) > 1 for column in seen.T]) > 0.8
+def test_each_run_is_told_its_own_length_and_loss():
+    """Both at initialisation and in updates. Later runs draw new lengths. No loss is clipped."""
+    def optimizer(theta, steps):
+        return Optimizer(
+            lambda w: {"begun for": steps, "updated for": jnp.int32(-1), "value": jnp.float32(0)},
+            lambda g, state, w, value: (-jnp.exp(theta[0]) * g,
+                                        {**state, "updated for": steps, "value": value}))
+
+    inner = es.Inner(least_squares(max_loss=0.4).task, optimizer)
+    _, pairs, losses, counted, _ = play(inner, es.PES(0.1, 1, 3, 9),
+                                        jnp.asarray([[-1.0], [-2.0]]), 8, 24)
+    lengths, state, counted = pairs.length[..., None], pairs.opt_state, counted.T[..., None]
+    np.testing.assert_array_equal(state["begun for"], np.broadcast_to(lengths, (24, 8, 2)))
+    np.testing.assert_array_equal(state["updated for"], np.where(counted, lengths, -1) + [0, 0])
+    clipped = np.minimum(state["value"], 0.4)
+    np.testing.assert_array_equal(np.where(counted, clipped - losses.swapaxes(0, 1), 0), 0)
+    assert lengths.min() >= 3 and lengths.max() <= 9
+    assert all(len(set(lengths[:, j, 0])) > 1 for j in range(8))
+    told = state["value"][counted[..., 0]]
+    assert np.any(told > 0.4) and np.mean(told[:, 0] != told[:, 1]) > 0.5
 
 
 def test_losses_are_clipped_and_a_diverged_run_recovers():
     """The loss grows to infinity and NaN at θ+ε, and falls below 0 at θ−ε, until the reset."""
-    def optimizer(theta, num_steps):
-        return Optimizer(lambda w: jnp.zeros(()), lambda g, state, w, *, value: (theta[0] * (1.0 + jnp.abs(w)),
-                                                                                 state + g * w))
-
-    inner = es.Inner(es.Problem(lambda key: jnp.float32(1.0), lambda key, split: (), lambda w, batch: w - 0.0 * w * w,
-                                2.5), optimizer)
-    settings, n = es.Settings(0.1, 7, 12, 12), 3
-    keys = es.pair_keys(KEY, jnp.arange(n))
-    pairs = begin_all(inner, ONE, keys, settings)
-    _, (losses, counted, _) = unroll_all(inner, jnp.asarray([[1e30], [-1.0]]), pairs, keys, settings, 5)
-    pos, neg = losses[..., 0], losses[..., 1]
-    assert np.all(np.isfinite(pos)) and pos.max() <= 2.5 and neg.min() >= 0.0
-    assert np.all(neg[:, 1:5] == 0.0) and np.all(pos[:, 1:5] == 2.5)
-    for j in range(n):
+    task = SimpleNamespace(init=lambda key: jnp.float32(1.0), sample=lambda key, split: (),
+                           loss=lambda w, batch: w - 0.0 * w * w, max_loss=2.5)
+    inner = es.Inner(task, lambda theta, steps: Optimizer(
+        lambda w: jnp.zeros(()), lambda g, state, w, value: (theta[0] * (1.0 + jnp.abs(w)),
+                                                             state + g * w)))
+    _, pairs, losses, counted, _ = play(inner, es.PES(0.1, 7, 12, 12),
+                                        jnp.asarray([[1e30], [-1.0]]), 3, 5)
+    plus, minus = losses[..., 0], losses[..., 1]
+    assert np.all(plus[:, 1:5] == 2.5) and np.all(minus[:, 1:5] == 0.0)
+    assert np.all((losses >= 0.0) & (losses <= 2.5))
+    for j in range(3):
         resets = np.flatnonzero(~counted[j])
         assert len(resets) >= 2
-        for t in resets[resets + 2 < losses.shape[1]]:
-            assert pos[j, t + 1] == neg[j, t + 1] == 1.0, "the fresh run's first loss"
-            assert pos[j, t + 2] == 2.5 and neg[j, t + 2] == 0.0
+        for t in resets[resets + 2 < 35]:
+            assert plus[j, t + 1] == minus[j, t + 1] == 1.0  # the first loss of the fresh run
+            assert plus[j, t + 2] == 2.5 and minus[j, t + 2] == 0.0
 
 
-def truncate(inner, settings):
-    """A jitted truncation of N pairs: (keys, pairs, θ, meta-step) → ((mean gradient, mean loss), pairs)."""
-    return jax.jit(es.over_pairs(
-        lambda key, pair, theta, i: es.truncation(inner, settings, key, pair, theta, None, i)))
+def test_meta_training_and_evaluation_train_by_the_same_step(monkeypatch):
+    """On equal weights and batches, `es.unroll` and `tasks.train` have the same losses."""
+    task = SimpleNamespace(init=lambda key: {"w": jnp.ones(2), "b": jnp.zeros(2)},
+                           sample=lambda key, split: split, max_loss=1e3,
+                           loss=lambda x, batch: jnp.sum((x["w"] * batch + x["b"]) ** 2))
+    batch, rates = jnp.asarray([1.0, 0.3]), jnp.asarray([[0.1], [0.02]])
+    inner = es.Inner(task, lambda theta, steps: lopt.adamw(theta[0] / steps))
+    _, _, losses, _, _ = play(inner, es.PES(0.1, 8, 8, 8, max_offset=1), rates, 1, 1, batch)
+    train = jax.jit(jax.vmap(lambda rate: tasks.train(
+        task, lambda steps: inner.optimizer(rate, steps), batch, KEY, 8)[1]))
+    np.testing.assert_allclose(losses[0].T, train(rates), rtol=1e-6)
+    assert losses[0, -1, 0] < losses[0, -1, 1] < losses[0, 0, 0]
+    assert es.inner_step is tasks.inner_step
 
 
-def test_a_diverged_pair_gives_a_finite_gradient():
-    inner, n, settings = least_squares(), 4, es.Settings(0.1, 5, 20, 20)
-    theta, keys = jnp.asarray([20.0]), es.pair_keys(KEY, jnp.arange(n))
-    pairs, step = begin_all(inner, theta, keys, settings), truncate(inner, settings)
-    for i in range(6):
-        (gradient, loss), pairs = step(keys, pairs, theta, jnp.int32(i))
-        assert gradient.shape == (1,) and np.isfinite(gradient[0]) and 0.0 < float(loss) <= inner.task.max_loss
+# -------- Randomness
+def test_both_signs_share_batches_which_no_other_step_or_pair_has():
+    task = SimpleNamespace(init=lambda key: jnp.zeros(()), max_loss=1.0,
+                           sample=lambda key, split: jax.random.uniform(key),
+                           loss=lambda w, batch: batch)
+    _, _, losses, counted, _ = play(es.Inner(task, counting().optimizer), es.PES(0.1, 8, 10, 15),
+                                    ONES, 6, 4)
+    np.testing.assert_array_equal(losses[..., 0], losses[..., 1])
+    assert not np.all(counted) and len(np.unique(losses[..., 0])) == 6 * 32
 
 
-def test_each_run_is_told_its_length_and_its_loss():
-    """An optimizer is made for the length of the run, first or later, and its update is given the loss before it."""
-    def optimizer(theta, num_steps):
-        def init(w):
-            return {"begun for": num_steps, "made for": jnp.int32(-1), "value": jnp.float32(-1.0)}
-
-        def update(g, state, w, *, value):
-            return -jnp.exp(theta[0]) * g, {**state, "made for": num_steps, "value": value}
-
-        return Optimizer(init, update)
-
-    inner, settings, n = es.Inner(least_squares().task._replace(max_loss=0.4), optimizer), es.Settings(0.1, 1, 3, 9), 8
-    keys, thetas = es.pair_keys(KEY, jnp.arange(n)), jnp.asarray([[-1.0], [-2.0]])
-    pairs = begin_all(inner, ONE, keys, settings)
-    step = jax.jit(jax.vmap(lambda key, pair, i: es.unroll(inner, thetas, pair, key, None, i, settings), (0, 0, None),
-                            axis_name=es.SIDE_BY_SIDE))
-    lengths, told = [pairs.length], []
-    for i in range(24):
-        pairs, losses, counted, _ = step(keys, pairs, jnp.int32(i))
-        state, length = pairs.opt_state, np.stack([pairs.length] * 2, axis=1)  # (N, 2)
-        np.testing.assert_array_equal(state["begun for"], length)
-        counted = np.asarray(counted)[:, 0]
-        np.testing.assert_array_equal(state["made for"], np.where(counted[:, None], length, -1))
-        value = np.asarray(state["value"])[counted]  # of both runs; it is not clipped
-        np.testing.assert_array_equal(np.minimum(value, 0.4), losses[:, 0][counted])
-        lengths.append(pairs.length)
-        told.append(value)
-    assert np.all(np.asarray(lengths[-1]) != -1) and len(np.unique(lengths)) > 4, "lengths must differ"
-    told = np.concatenate(told)
-    assert np.any(told > 0.4) and np.mean(told[:, 0] != told[:, 1]) > 0.5, "each run has a loss of its own"
+def test_draws_depend_on_the_pair_the_purpose_and_the_time():
+    keys = {tuple(jax.random.key_data(es.draw_key(key, purpose, time)).tolist())
+            for key in es.pair_keys(KEY, jnp.arange(3)) for purpose in es.DRAWS
+            for time in jnp.asarray([-1, 0, 1, 5])}
+    assert len(keys) == 3 * 5 * 4
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Randomness
+def test_perturbations_are_fresh_and_normal_with_the_given_standard_deviation():
+    """ξ after one truncation is ε, as it was 0 before."""
+    pes, theta = es.PES(0.3, 1, 9, 9), jnp.zeros(27)
+
+    def draws(key, meta_step):
+        pair = es.new_pair(counting(), pes, key, theta)
+        return es.unroll_pair(counting(), pes, key, pair, theta, None, meta_step)[1].xi
+
+    draws = jax.vmap(jax.vmap(draws, (0, None), axis_name=es.SIDE_BY_SIDE), (None, 0))
+    eps = np.asarray(jax.jit(draws)(es.pair_keys(KEY, jnp.arange(250)), jnp.arange(2)))
+    assert eps.shape == (2, 250, 27) and len(np.unique(eps)) > 0.999 * eps.size
+    assert eps.std() == pytest.approx(0.3, rel=0.03) and abs(eps.mean()) < 0.01
+    assert np.mean(np.abs(eps) < 0.3) == pytest.approx(0.6827, abs=0.015)
 
 
-def perturbations(inner, theta, pairs, keys, settings, i):
-    """The ε of a truncation of N pairs [N, P]: what accumulators hold after it that were 0 before."""
-    return jax.vmap(lambda key, pair: es.truncation(inner, settings, key, pair, theta, None, i)[1].xi,
-                    axis_name=es.SIDE_BY_SIDE)(keys, es.forget(pairs))
+PROBLEM, THETA = (least_squares(), es.PES(0.01, 6, 9, 14)), jnp.full(3, -0.4)
 
 
-def test_both_signs_share_weights_batches_and_lengths():
-    """At equal θ the two runs of a pair are the same; those of different pairs are not."""
-    settings, n = es.Settings(0.1, 8, 10, 15), 6
-    keys = es.pair_keys(KEY, jnp.arange(n))
-    pairs = begin_all(least_squares(), ONE, keys, settings)
-    _, (losses, counted, _) = unroll_all(least_squares(), jnp.full((2, 1), -1.0), pairs, keys, settings, 4)
-    np.testing.assert_allclose(losses[..., 0], losses[..., 1], rtol=1e-6)
-    assert not np.all(counted), "no run was reset"
-    assert np.all(np.std(losses[..., 0], axis=0) > 0), "pairs must see different batches"
-    assert np.all(np.std(losses[..., 0], axis=1) > 0), "steps must see different batches"
+@functools.cache
+def meta_step_on(devices):
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("pairs",)) if devices else None
+    return jax.jit(es.over_pairs(lambda key, pair, i: es.unroll_pair(
+        *PROBLEM, key, pair, THETA, None, i), mesh))
 
 
-def all_side_by_side(function):
-    """As `es.over_pairs`, which does so on an accelerator only."""
-    def mapped(keys, pairs, *everywhere):
-        return jax.vmap(lambda key, pair: function(key, pair, *everywhere), axis_name=es.SIDE_BY_SIDE)(keys, pairs)
-
-    return mapped
+first_pairs = jax.jit(jax.vmap(lambda key: es.new_pair(*PROBLEM, key, THETA)))
 
 
-@pytest.mark.parametrize("over_pairs", [es.over_pairs, all_side_by_side])
-def test_a_pair_depends_on_the_seed_and_its_number_only(over_pairs):
-    inner, settings, theta = least_squares(), es.Settings(0.1, 6, 9, 14), jnp.full(3, -1 / 3)
-
-    def truncation(key, pair, i):
-        (_, loss), moved = es.truncation(inner, settings, key, es.forget(pair), theta, None, i)
-        return (), (moved, (moved.xi, loss, moved.params, moved.run_step, moved.length))  # ξ is ε, having been 0
-
-    @jax.jit
-    def four_truncations(keys):
-        meta_step = lambda pairs, i: over_pairs(truncation)(keys, pairs, i)[1]
-        pairs = jax.vmap(lambda key: es.begin(inner, theta, key, settings))(keys)
-        return jax.lax.scan(meta_step, pairs, jnp.arange(4))[1]
-
-    def run(numbers, seed=7):
-        records = four_truncations(es.pair_keys(jax.random.key(seed), jnp.asarray(numbers)))  # (4, N, …) each
-        return [np.moveaxis(np.asarray(x, np.float64), 0, 1).reshape(len(numbers), -1) for x in records]
-
-    together, alone, other_seed = side_by_side(run, (range(8), range(4, 8), range(8)), (7, 7, 8))
-    for a, b, c in zip(together, alone, other_seed):
-        np.testing.assert_allclose(a[4:], b, rtol=1e-6, atol=1e-6)
-        assert not np.allclose(a, c)
-        if over_pairs is es.over_pairs:
-            np.testing.assert_array_equal(a[4:], b)
-    eps = together[0].reshape(8, 4, 3)
-    assert len(np.unique(eps)) == eps.size, "ε must be fresh for every pair, truncation and entry"
+def meta_steps(devices, first=0, seed=7):
+    """((mean gradient, mean loss), pairs) after each of four meta-steps of the pairs first to 7."""
+    keys = es.pair_keys(jax.random.key(seed), jnp.arange(8))
+    pairs, keys = jax.tree.map(lambda x: x[first:], (jax.device_get(first_pairs(keys)), keys))
+    steps = [((), pairs)]
+    for i in range(4):
+        steps.append(jax.device_get(meta_step_on(devices)(keys, steps[-1][1], np.int32(i))))
+    return jax.tree.map(lambda *xs: np.stack(xs), *steps[1:])
 
 
-def test_perturbations_are_normal_with_the_given_standard_deviation():
-    keys, settings, theta = es.pair_keys(KEY, jnp.arange(500)), es.Settings(0.3, 1, 9, 9), jnp.zeros(27)
-    pairs = begin_all(counting(), theta, keys, settings)
-    eps = jax.jit(lambda pairs: perturbations(counting(), theta, pairs, keys, settings, jnp.int32(0)))(pairs)
-    draws = np.ravel(eps)
-    assert draws.shape == (500 * 27,)
-    assert draws.std() == pytest.approx(0.3, rel=0.03) and abs(draws.mean()) < 0.01
-    assert np.mean(np.abs(draws) < 0.3) == pytest.approx(0.6827, abs=0.015)
+@pytest.fixture(scope="module")
+def alone():
+    jax.config.update("jax_disable_most_optimizations", False)  # for bits as meta_train.py has them
+    return meta_steps(devices=1)
 
 
-def test_an_estimate_is_its_three_steps():
-    inner, settings, theta = least_squares(), es.Settings(0.1, 6, 9, 14), jnp.asarray([-1.0])
-    keys, i = es.pair_keys(KEY, jnp.arange(5)), jnp.int32(1)
-    pairs = begin_all(inner, theta, keys, settings)._replace(xi=jnp.linspace(-0.1, 0.3, 5)[:, None])
-    truncation = lambda key, pair, theta, i: es.truncation(inner, settings, key, pair, theta, None, i)
-
-    def in_three_steps(keys, pairs, theta, i):
-        def three_steps(key, pair, eps):
-            moved, *recorded = es.unroll(inner, jnp.stack([theta + eps, theta - eps]), pair, key, None, i, settings)
-            return moved, recorded, es.pes_gradient(*recorded, eps, pair.xi, settings.sigma)
-
-        eps = perturbations(inner, theta, pairs, keys, settings, i)
-        return jax.vmap(three_steps, axis_name=es.SIDE_BY_SIDE)(keys, pairs, eps)
-
-    (mean, mapped), (of_each, by_vmap), (moved, (losses, counted, _), (gradients, xi)) = side_by_side(
-        lambda function: jax.jit(function)(keys, pairs, theta, i),
-        (es.over_pairs(truncation), all_side_by_side(truncation), in_three_steps))
-    both, counted = np.mean(losses, axis=2), np.asarray(counted)
-    mean_loss = np.mean([np.mean(both[j][counted[j]]) for j in range(5)])
-    for (gradient, loss), after in ((mean, mapped), (jax.tree.map(lambda x: jnp.mean(x, axis=0), of_each), by_vmap)):
-        np.testing.assert_allclose(gradient, jnp.mean(gradients, axis=0), rtol=1e-4)
-        np.testing.assert_allclose(after.xi, xi, rtol=1e-6)
-        np.testing.assert_array_equal(after.run_step, moved.run_step)
-        assert float(loss) == pytest.approx(mean_loss, rel=1e-5)
-
-
-def test_the_number_of_devices_changes_no_bit():
-    """Four devices with two pairs each, and eight with one, against a single device with all of them."""
-    inner, settings, theta = least_squares(), es.Settings(0.01, 6, 9, 14), jnp.full(3, -0.4)
-    keys = es.pair_keys(KEY, jnp.arange(8))
-
-    start = begin_all(inner, theta, keys, settings)
-
-    def run(devices):
-        mesh = Mesh(np.array(jax.devices()[:devices]), ("pairs",)) if devices else None
-        estimate = es.over_pairs(
-            lambda key, pair, theta, i: es.truncation(inner, settings, key, pair, theta, None, i), mesh)
-
-        def meta_step(pairs, i):
-            values, pairs = estimate(keys, pairs, theta, i)
-            return pairs, (values, pairs)
-
-        return jax.jit(lambda: jax.lax.scan(meta_step, start, jnp.arange(4))[1])()
-
-    alone, four, eight = side_by_side(run, (0, 4, 8))
-    for others in (four, eight):
-        assert jax.tree.structure(others) == jax.tree.structure(alone)
+def test_the_number_of_devices_changes_no_bit(alone):
+    for others in side_by_side(meta_steps, (2, 4)):
         jax.tree.map(np.testing.assert_array_equal, others, alone)
-    (gradients, losses), _ = alone
+    (gradients, losses), pairs = alone
     assert gradients.shape == (4, 3) and np.all(gradients) and losses.shape == (4,)
+    assert len(np.unique(pairs.xi)) > 80 and np.any(pairs.run_step < 4)  # there were resets
+
+
+def test_a_pair_depends_on_the_seed_and_its_number_alone(alone):
+    (values, half), (_, other_seed) = (meta_steps(None, 4, seed) for seed in (7, 8))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:, 4:], b), alone[1], half)
+    assert not np.any(half.params == other_seed.params)
+    assert not np.any(values[1] == alone[0][1])  # the mean is over these pairs
+
+
+def test_pairs_side_by_side_are_pairs_one_by_one(alone, monkeypatch):
+    """An accelerator unrolls all pairs at once."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5),
+                 meta_steps(0), alone)

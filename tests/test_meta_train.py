@@ -1,332 +1,330 @@
-"""The meta-step on one and on many devices, and whole runs of the command line, by one process and by two."""
+"""The meta-step, and whole runs: files, resuming, signals, bad input, one process and two."""
 
-import dataclasses
-import os
-import shlex
+import concurrent.futures
+import functools
+import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-import types
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, side_by_side
+from conftest import side_by_side
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
+from kill_and_resume import results, rows, start
 
-import evaluate
+import es
 import lopt
 import meta_train
 import mup
 import tasks
 
-SETTINGS = meta_train.Settings(widths=(8,), depth=1, batch_size=8, pairs=8, truncation=5, min_length=10, max_length=20,
-                               meta_steps=20, warmup_steps=2, hidden=16)
+KEY = jax.random.key(0)
+FIRST = lopt.Learned(lopt.init_theta(KEY, (8, 8)), 0.02, 0.002,
+                     mup.Parametrization("mup", 1.0, 2.0, 3.0, 8), made={"by": "hand"})
+MAKE, PROGRAM = meta_train.make_meta_step, []
 
 
-@pytest.fixture(scope="module")
-def dataset():
-    rng = np.random.default_rng(0)
-    split = tasks.Split(jnp.asarray(rng.integers(0, 256, (200, 4, 4, 3)), jnp.uint8),
-                        jnp.asarray(rng.integers(0, 10, 200), jnp.int32))
-    return tasks.Dataset("noise", 10, (0.5,) * 3, (0.3,) * 3, split, split)
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """No optimizations by XLA; data are made once; all runs in this process have one program."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "load_dataset", functools.cache(tasks.load_dataset))
+        patch.setattr(meta_train, "make_meta_step", lambda *args: (
+            PROGRAM or PROGRAM.extend(MAKE(*args)) or PROGRAM))
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_default_matmul_precision", None)
 
 
-def meta_train_on(devices, dataset, settings=SETTINGS, steps=20):
-    """θ, the metrics and the last state after some meta-steps on the first so many devices."""
-    mesh = Mesh(np.array(jax.devices()[:devices]), ("pairs",))
-    parametrization = mup.Parametrization(settings.parametrization)
-    inner = [tasks.task_of(settings, dataset, w, settings.depth, parametrization) for w in settings.widths]
-    init, meta_step = meta_train.make_meta_step(settings, inner, mesh, meta_train.first_learned(settings))
-    state, splits, rows = init(), [meta_train.replicate(dataset.train, mesh)] * len(inner), []
-    for _ in range(steps):
-        state, metrics = meta_step(state, splits)
-        rows.append(jax.device_get(metrics))
-    return jax.device_get(state.theta), rows, state
+def program(flags, inner_tasks):
+    flags = f"{flags} --pairs 4 --truncation 5 --min-length 10 --max-length 20".split()
+    init, step = MAKE(meta_train.parse(flags)[0], inner_tasks, Mesh(jax.devices()[:1], "n"),
+                      lopt.Learned(FIRST.theta, 0.1, parametrization=mup.SP))
+    return jax.device_get(init()), lambda state, splits: jax.device_get(step(state, splits))
 
 
-def relative(a, b):
-    """The largest difference between two trees over the largest entry, leaf by leaf."""
-    return max(float(np.max(np.abs(x - y)) / (np.max(np.abs(y)) + 1e-12))
-               for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+QUADRATIC = SimpleNamespace(
+    weights={"w": mup.Weight("vector", (3,), 1)}, parametrization=mup.SP, max_loss=99.0,
+    init=lambda key: {"w": jax.random.normal(key, (3,))}, sample=lambda key, split: split,
+    loss=lambda params, batch: jnp.sum((params["w"] - batch) ** 2))
 
 
-def test_many_devices_equal_one(dataset):
-    """The meta-gradient and 20 meta-steps of θ, on 8 devices and on 1. 1e-5: only sums are in another order.
-
-    From jax 0.11 on XLA rounds otherwise for a device with one pair than for one with eight, and PES divides
-    differences of losses, 1e-7 there, by σ².
-    """
-    rounds_alike = jax.__version_info__ < (0, 11)
-    theta_bound, gradient_bound = (1e-5, 1e-5) if rounds_alike else (2e-4, 2e-3)
-    (one, rows_one, _), (eight, rows_eight, state) = side_by_side(lambda n: meta_train_on(n, dataset), (1, 8))
-    assert len(state.pairs[0].run_step.sharding.device_set) == 8
-    assert relative(eight, one) < theta_bound
-    for a, b in zip(rows_eight, rows_one):
-        assert abs(a.grad_norm - b.grad_norm) < gradient_bound * b.grad_norm
-        assert abs(a.meta_loss - b.meta_loss) < 1e-6 * b.meta_loss
+def test_meta_training_lowers_the_meta_loss():
+    (state, step), losses = program("--warmup-steps 1 --learning-rate 0.03", [QUADRATIC]), []
+    while len(losses) < 60:
+        state, metrics = step(state, [3.0])
+        losses.append(metrics.meta_loss)
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
 
 
-def test_several_tasks_are_averaged():
-    """Beside a task that has no loss, the meta-loss and its gradient are halved, for the same pairs and data.
-
-    They are halved once more with half the loss, whose gradients a gradient multiplier of 2 makes up for.
-    """
-    def quadratic(scale, gradient_multiplier=1.0):
-        draw = lambda key: jax.random.normal(key, (3,))
-        return types.SimpleNamespace(init=draw, sample=lambda key, split: draw(key) + split, max_loss=99.0,
-                                     update_multipliers=1.0, gradient_multiplier=gradient_multiplier,
-                                     loss=lambda x, batch: scale * jnp.sum((x - batch) ** 2))
-
-    def first_metrics(inner_tasks, splits):
-        mesh = Mesh(np.array(jax.devices()[:1]), ("pairs",))
-        init, meta_step = meta_train.make_meta_step(SETTINGS, inner_tasks, mesh, meta_train.first_learned(SETTINGS))
-        return jax.device_get(meta_step(init(), splits)[1])
-
-    one, both = side_by_side(first_metrics, [[quadratic(1.0)], [quadratic(0.5, 2.0), quadratic(0.0)]],
-                             [[1.0], [1.0, 9.0]])
-    assert one.meta_loss > 1 and one.grad_norm > 0
-    np.testing.assert_allclose([both.meta_loss, both.grad_norm], [one.meta_loss / 4, one.grad_norm / 4], rtol=1e-5)
-
-
-@pytest.mark.parametrize("preset, parametrization, expected", [
-    ("laptop", "mup", (1.0, 16.0, 16.0, 0.003)), ("laptop", "sp", (1.0, 1.0, 1.0, 0.001)),
-    ("paper-s", "mup", (1.0, 1.0, 1.0, 0.01)), ("paper-m", "sp", (1.0, 1.0, 1.0, 0.001))])
-def test_multipliers_of_the_presets(preset, parametrization, expected):
-    """The paper's multipliers are 1 and its step_mult 0.01; SP knows neither, and has its own step_mult."""
-    settings = meta_train.Settings(**meta_train.preset_settings(preset, {"parametrization": parametrization}))
-    meta_train.check(settings)
-    learned = meta_train.first_learned(settings)
-    name, *multipliers, base_width = learned.parametrization
-    assert (name, *multipliers, learned.step_mult) == (parametrization, *expected)
-    is_ours = (preset, parametrization) == ("laptop", "mup")
-    assert base_width == (32 if is_ours else 0)  # elsewhere gradients as they are
-    assert settings.start == ("adam" if preset == "laptop" else "random")
-
-
-def test_velo_is_meta_trained_by_the_same_loop(dataset, tmp_path):
-    """θ of another architecture is a vector, too; its file is read back, and begins another run of its own size only."""
-    settings = dataclasses.replace(SETTINGS, optimizer="velo", lstm_hidden=6, bank=3, meta_steps=3, warmup_steps=1)
-    theta, rows, state = meta_train_on(2, dataset, settings, 3)
-    learned = meta_train.first_learned(settings)
-    first = meta_train.ravel_pytree(learned.theta)[0]
-    assert theta.shape == first.shape and np.all(np.isfinite(theta)) and not np.allclose(theta, first)
-    assert rows[-1].nonfinite == 0 and rows[-1].grad_norm > 0
-    lopt.save(tmp_path / "theta.npz", meta_train.with_theta(learned, theta))
-    again = lopt.load(tmp_path / "theta.npz")
-    assert (again.architecture, again.step_mult) == ("velo", 0.001)
-    np.testing.assert_array_equal(meta_train.ravel_pytree(again.theta)[0], theta)
-    np.testing.assert_array_equal(
-        meta_train.ravel_pytree(meta_train.first_learned(settings, again).theta)[0], theta)
-    for change, words in ((dict(bank=4), "--bank 3, not 4"), (dict(optimizer="small_fc_lopt"), "--optimizer velo, not")):
-        with pytest.raises(ValueError, match=words):
-            meta_train.first_learned(dataclasses.replace(settings, **change), again)
-    small = dataclasses.replace(SETTINGS, start="adam", hidden=1)
-    with pytest.raises(ValueError, match="--start adam: needs an MLP with two"):
-        meta_train.check(small)
-    meta_train.check(dataclasses.replace(small, first_theta="its own start"))
-
-
-@pytest.mark.parametrize("losses", [[2.5], [2.5, 2.0], [2.0] * 90])
-def test_the_mean_of_the_meta_loss_is_drawn_at_its_meta_steps(losses, tmp_path, monkeypatch):
-    axes, drawn = pytest.importorskip("matplotlib.axes").Axes, []
-    monkeypatch.setattr(axes, "plot", lambda self, x, y, **kwargs: drawn.append((np.asarray(x), np.asarray(y))))
-    monkeypatch.setattr(axes, "legend", lambda self: None)
-    folder = meta_train.Folder(tmp_path, meta_train.RunFlags())
-    folder.metrics_path.write_text("meta_step,meta_loss\n" + "".join(f"{i + 1},{x}\n" for i, x in enumerate(losses)))
-    meta_train.draw_meta_loss(folder)
-    _, (steps, means) = drawn
-    window = min(len(losses), 2)
-    assert steps.tolist() == list(range(window, len(losses) + 1))
-    np.testing.assert_allclose(means, [np.mean(losses[i - window:i]) for i in steps])
+def test_the_meta_optimizer(monkeypatch):
+    """The schedule and the limit of AdamW on given gradients, some of which are not finite."""
+    monkeypatch.setattr(es, "unroll_pair", lambda inner, pes, key, pair, theta, split, i: (
+        (split, jnp.mean(split)), pair))
+    flags = "--meta-steps 20 --warmup-steps 4 --learning-rate 0.1 --final-learning-rate 0.01"
+    state, step = program(flags, [QUADRATIC] * 2)
+    n, rates = state.theta.size, []
+    good, part, mixed, bad = np.ones((4, n), np.float32)
+    part[:9], mixed[:9], bad[:] = 0.0, [np.nan, np.inf, -np.inf] * 3, np.nan
+    assert not np.any(np.isin(*(pairs.params["w"] for pairs in state.pairs)))  # of the two tasks
+    for _ in range(21):
+        state, metrics = step(state, [good, 3 * good])
+        rates.append(metrics.learning_rate)
+        expected = [2.0, 2 * n**0.5, min(1.0, rates[-1] * n**0.5)]
+        np.testing.assert_allclose(metrics[:3], expected, rtol=0.01)
+    expected = [3e-10, 0.025, 0.05, 0.075, 0.1, 0.01, 0.01]  # the cosine ends after 98% of 20
+    np.testing.assert_allclose(rates[:5] + rates[19:], expected, rtol=1e-5)
+    after, metrics = step(state, [bad, good])
+    jax.tree.map(np.testing.assert_array_equal, state._replace(meta_step=22), after)
+    assert metrics.nonfinite == n and metrics[1:3] == (0.0, 0.0)
+    (one, without), (other, metrics) = (step(state, [g, part]) for g in (part, mixed))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert without.nonfinite == 0 and metrics.nonfinite == 9
 
 
 def test_the_adam_start_is_adam_beside_a_small_rest():
-    """Without the rest its update is step_mult · m₁ rsqrt(v+1e-6), divided by its root mean square."""
-    learned = meta_train.first_learned(dataclasses.replace(SETTINGS, start="adam"))
-    theta, key = learned.theta, jax.random.key(1)
-    assert np.any(theta["w2"][2:]) and np.max(np.abs(theta["w2"][2:])) < 0.1
-    learned = learned._replace(theta=theta | {"w2": theta["w2"].at[2:].set(0.0)})
-    optimizer, p, g = lopt.learned_optimizer(learned), jnp.ones((4, 6)), jax.random.normal(key, (4, 6))
-    update, state = optimizer.update(g, optimizer.init(p), p)
-    direction = state.averages[0].m[0] * jax.lax.rsqrt(state.averages[0].v + 1e-6)
-    direction = direction * jax.lax.rsqrt(1e-5 + jnp.mean(direction**2))
-    np.testing.assert_allclose(update, -learned.step_mult * direction, rtol=1e-5, atol=1e-8)
+    theta = meta_train.adam_start(FIRST.theta)
+    assert 0 < np.max(np.abs(theta["w2"][2:])) < 0.1
+    learned = lopt.Learned(theta | {"w2": theta["w2"].at[2:].set(0.0)}, 0.01)
+    optimizer, g = lopt.learned_optimizer(learned), jax.random.normal(KEY, (4, 6))
+    update, state = jax.jit(lambda g: optimizer.update(g, optimizer.init(g), g))(g)
+    adam = state.averages.m[0] * jax.lax.rsqrt(state.averages.v + 1e-6)
+    np.testing.assert_allclose(update, -0.01 * adam * jax.lax.rsqrt(1e-5 + jnp.mean(adam**2)),
+                               rtol=1e-5, atol=1e-8)
 
 
-def test_velo_trains_from_its_adam_start():
-    """Without its LSTM's part and rest the direction is Adam's; and loss falls on an MLP."""
-    settings = dataclasses.replace(SETTINGS, optimizer="velo", lstm_hidden=6, bank=3, start="adam", step_mult=0.03)
-    learned = meta_train.first_learned(settings)
-    mixed = lopt.mix_bank(learned.theta, learned.theta["rnn_params/rnn_to_controls/b"][None])
-    p, m = jax.random.normal(jax.random.key(0), (4, 6)), jax.random.normal(jax.random.key(1), (3, 4, 6))
-    averages = lopt.init_averages(p)._replace(m=m, v=jnp.ones((4, 6)))
-    mlp = {name: x[0] for name, x in mixed.items()}
-    mlp["w2"] = mlp["w2"].at[2:].set(0.0)
-    update = lopt.plain_update(lopt.element_inputs, learned._replace(theta=mlp), lopt.statistics(averages, p, p, 0))
-    expected = 0.03 * m[0] * jax.lax.rsqrt(jnp.mean(m[0]**2))
-    np.testing.assert_allclose(update, expected, rtol=1e-3, atol=1e-5)
-
-    data = tasks.load_dataset("synthetic")
-    task = tasks.mlp_task(data, 32, 1, 64, mup.SP)
-    train = jax.jit(lambda key, split: tasks.train(task, lambda num_steps: tasks.optimizer_for(task, learned, num_steps),
-                                                   split, key, 150)[1])
-    losses = np.asarray(train(jax.random.key(0), data.train))
-    assert np.mean(losses[-20:]) < np.mean(losses[:5]) - 0.3
+@pytest.mark.parametrize("flags, expected", [
+    ("", [[32], 64, 16.0, 0.003]), ("--parametrization sp", [[32], 64, 16.0, 0.001]),
+    ("--preset paper-m --step-mult 3", [[128, 512, 1024], 4096, 1.0, 3.0]),
+    ("--preset paper-s --parametrization sp", [[128], 4096, 1.0, 0.001]),
+    ("--first-theta @ --preset paper-s", [[128], 4096, 2.0, 0.02]),
+    ("--output-mult 5 --first-theta @ --step-mult 3", [[32], 64, 5.0, 3.0])])
+def test_flags_win_over_a_first_theta_and_that_over_presets(flags, expected, tmp_path):
+    lopt.save(tmp_path / "first.npz", FIRST)
+    args, first = meta_train.parse(flags.replace("@", str(tmp_path / "first.npz")).split())
+    assert [args.widths, args.batch_size, args.output_mult, args.step_mult] == expected
+    assert not first or (args.hidden_lr_mult, args.exp_mult, args.base_width) == (3.0, 0.002, 8)
 
 
-@pytest.mark.parametrize("settings", [meta_train.Settings, meta_train.RunFlags])
-def test_help_has_every_setting(settings, monkeypatch):
-    """The flag of each field, what it is, and its default; no other flags but two."""
-    monkeypatch.setenv("COLUMNS", "100000")
-    lines = meta_train.make_parser().format_help().splitlines()
-    flags = {line.split()[0] for line in lines if line.startswith("  --")}
-    text = " ".join(" ".join(lines).split())
-    for field in dataclasses.fields(settings):
-        assert f"--{field.name.replace('_', '-')}" in flags
-        assert field.metadata["help"] and field.metadata["help"] in text
-        if field.default not in (None, False, ()):
-            default = field.default[0] if isinstance(field.default, tuple) else field.default
-            shown = meta_train.PRESETS["laptop"].get(field.name, default)
-            assert f"{field.metadata['help']} (default: {shown}" in text
-    fields = [*dataclasses.fields(meta_train.Settings), *dataclasses.fields(meta_train.RunFlags)]
-    assert flags == {f"--{field.name.replace('_', '-')}" for field in fields} | {"--preset", "--download"}
+# -------- Runs in this process
+TINY = """--widths 4 --depth 1 --batch-size 4 --image-size 8 --pairs 4 --truncation 10
+    --min-length 10 --max-length 30 --max-offset 10 --meta-steps 12 --warmup-steps 3
+    --checkpoint-every 3 --report-steps 0"""
 
 
-LOSSES = {32: (1.52, dict(zip(meta_train.RATES, (1.9, 1.57, 1.5, 1.6)))),
-          512: (1.26, dict(zip(meta_train.RATES, (1.3, 1.2, 1.32, float("inf")))))}
+def run(*words):
+    return tasks.command(meta_train.main, "meta_train.py", [str(word) for word in words])
 
 
-@pytest.mark.parametrize("losses, widths, said, not_said", [
-    (LOSSES, (32,), ["has never seen a network wider than 32", "At width 512 θ ends 0.060 below AdamW as it was tuned",
-                     "and θ ends 0.060 above AdamW as a sweep at 512", "At width 32 θ ends 0.020 above tuned AdamW",
-                     "1.3200 (0.003)", "1.2000 (0.001)"], []),
-    (LOSSES, (32, 1024), ["At width 512 θ ends 0.060 below"], ["never seen a network wider than 32"]),
-    (LOSSES | {512: (float("inf"), LOSSES[512][1])}, (32,), ["At width 512 θ diverges, unlike AdamW"], []),
-    (LOSSES | {512: (1.26, LOSSES[512][1] | {3e-3: float("inf")})}, (32,),
-     ["At width 512 θ does not diverge, unlike AdamW as it was tuned"], []),
-    (LOSSES | {512: (float("inf"), dict.fromkeys(LOSSES[512][1], float("inf")))}, (32,),
-     ["At width 512 θ diverges, like AdamW as it was tuned"], ["unlike"])])
-def test_the_report_says_what_was_found(losses, widths, said, not_said):
-    """Below or above, whichever it is, and what diverges."""
-    text = meta_train.report(losses, meta_train.Settings(widths=widths), 1000)
-    assert all(words in text for words in said) and not any(words in text for words in not_said)
+def resume(out, *words):
+    return run("--resume", "--out", out, "--report-steps", 0, *words)
 
 
-def test_the_report_knows_the_widths_of_all_tasks():
-    """Those of --also, too; what a --first-theta has seen it does not know, and so says nothing."""
-    settings = meta_train.Settings(widths=(32,), also=("--widths 64",))
-    assert "never seen a network wider than 64" in meta_train.report(LOSSES, settings, 1000)
-    settings = meta_train.Settings(widths=(32,), first_theta="other.npz")
-    assert "never seen" not in meta_train.report(LOSSES, settings, 1000)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run in a worker thread that began with FIRST, whose file is gone."""
+    first, out = (tmp_path_factory.mktemp("runs") / name for name in ("first.npz", "finished"))
+    lopt.save(first, FIRST)
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        assert thread.submit(meta_train.main, [
+            *TINY.split(), "--first-theta", str(first), "--out", str(out)]).result() == 0
+    first.unlink()
+    return out
 
 
-def test_the_next_command_is_one_of_evaluate(tmp_path):
-    settings = meta_train.Settings(task="vit", dataset="cifar10", data_dir="my data", widths=(16,), remat=True)
-    words = shlex.split(meta_train.next_command(settings, tmp_path / "theta.npz"))
-    assert words[:2] == ["python", "evaluate.py"] and words[words.index("--data-dir") + 1] == "my data"
-    args = evaluate.make_parser().parse_args(words[2:])
-    assert args.widths == [16, 64, 256] and args.theta == [str(tmp_path / "theta.npz")] and args.remat
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copy")
 
 
-def test_pairs_that_do_not_divide_are_refused(tmp_path):
-    """Also in the environment that forces eight devices; the message names the nearest numbers that do."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    command = [sys.executable, str(ROOT / "meta_train.py"), "--pairs", "12", "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 2 and not (tmp_path / "run").exists()
-    assert done.stderr == ("meta_train.py: error: --pairs 12: does not divide over 8 devices; use 8 or 16\n")
+def call_after(monkeypatch, functions):
+    """Call functions[i]() after i meta-steps."""
+    def goes_on(run, meta_steps, goes_on=meta_train.Run.goes_on):
+        functions.get(len(run.rows), lambda: None)()
+        return goes_on(run, meta_steps)
+
+    monkeypatch.setattr(meta_train.Run, "goes_on", goes_on)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Whole runs: by one process, and by two on the loopback address of which one is killed
-
-STEPS = 60
-FLAGS = ["--widths", "16", "--depth", "1", "--batch-size", "32", "--pairs", "4", "--truncation", "20",
-         "--min-length", "20", "--max-length", "60", "--meta-steps", str(STEPS), "--learning-rate", "3e-2",
-         "--warmup-steps", "10", "--output-mult", "1", "--hidden-lr-mult", "2", "--step-mult", "0.01",
-         "--base-width", "0", "--start", "random",
-         "--report-steps", "0", "--checkpoint-every", "5", "--stall-seconds", "5"]
+def contents(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
-def start(out, processes, *args):
-    """Starts meta_train.py as so many processes with four devices in all."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
-                                # what one process has compiled is loaded by the next
-                                "JAX_COMPILATION_CACHE_DIR": str(out.parent / "compiled"),
-                                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    command = [sys.executable, str(ROOT / "meta_train.py"), *FLAGS, *args, "--out", str(out)]
-    if processes > 1:
-        command += ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--processes", str(processes)]
-    return [subprocess.Popen(command + (["--process-id", str(i)] if processes > 1 else []), env=environment, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(processes)]
+def test_a_run_writes_theta_metrics_and_two_checkpoints(finished):
+    learned = lopt.load(finished / "theta.npz")
+    assert learned[1:5] == FIRST[1:5] and learned.made["origin"] == FIRST.made
+    assert learned.made["meta_steps_made"] == 12 and learned.made["settings"]["widths"] == [4]
+    moved = np.abs(ravel_pytree(learned.theta)[0] - ravel_pytree(FIRST.theta)[0])
+    assert 1e-3 < np.max(moved) < 12 * 3e-3  # twelve steps of AdamW from FIRST
+    header, *lines = rows(finished)
+    assert header == ",".join(("meta_step", *meta_train.Metrics._fields))
+    assert [line.split(",")[0] for line in lines] == [str(i) for i in range(1, 13)]
+    assert {path.name for path in finished.iterdir()} == {
+        ".lock", "theta.npz", "metrics.csv", "checkpoint-00000009.npz", "checkpoint-00000012.npz"}
 
 
-def finish(processes, timeout=200):
-    """Waits for all of them: [(exit code, stderr)]."""
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(copy, finished, capsys):
+    """Where no checkpoint is whole, the run is refused."""
+    older, newest = sorted(copy.glob("checkpoint-*"))
+    whole, damaged = older.read_bytes(), bytearray(newest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    older.write_bytes(whole[:-1])
+    newest.write_bytes(damaged)
+    before = contents(copy)
+    assert resume(copy) == 2 and contents(copy) == before
+    *warnings, error = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2 and f"error: --out {copy}: no checkpoint" in error
+    older.write_bytes(whole)
+    assert resume(copy) == 0 and results(copy) == results(finished)
+    assert f"warning: {newest}" in capsys.readouterr().err and lopt.read_npz(newest)
+
+
+def test_a_longer_run_appends_each_row_with_its_own_time(copy, finished, monkeypatch):
+    seen = []
+    call_after(monkeypatch, {12: lambda: time.sleep(1), 13: lambda: seen.extend(rows(copy))})
+    assert resume(copy, "--meta-steps", 14) == 0
+    assert rows(copy)[:14] == seen and seen[:13] == rows(finished) and len(rows(copy)) == 15
+    seconds = np.genfromtxt(copy / "metrics.csv", delimiter=",", names=True)["seconds"]
+    assert seconds[12] >= 1 > seconds[13]
+
+
+@pytest.mark.parametrize("number, made", [
+    (signal.SIGTERM, 7), (signal.SIGINT, 0), (signal.SIGHUP, 7), (signal.SIGUSR1, 12)])
+def test_signals_save_and_say_how_to_resume(number, made, finished, tmp_path, monkeypatch, capsys):
+    first, out, handler = tmp_path / "first", tmp_path / "out", signal.getsignal(number)
+    lopt.save(first, FIRST)
+    flags = [*TINY.split(), "--first-theta", first, "--out", out, "--resume"]  # there is no run
+    with monkeypatch.context() as patch:
+        call_after(patch, {made: lambda: (signal.raise_signal(number), time.sleep(0.3))})
+        assert run(*flags) == 128 + number and signal.getsignal(number) is handler
+    error = capsys.readouterr().err
+    assert "stopping after this meta-step" in error and error.endswith(f"--out {out} --resume\n")
+    assert lopt.load(out / "theta.npz").made["meta_steps_made"] == made
+    assert resume(out) == 0 and results(out) == results(finished)
+
+
+def test_a_folder_in_use_other_settings_and_other_data_are_refused(copy, monkeypatch, capsys):
+    before = contents(copy)
+    with lopt.lock(copy / ".lock"):
+        assert resume(copy) == 2
+    assert resume(copy, "--sigma", 0.5) == 2
+    data = tasks.load_data(meta_train.parse(TINY.split())[0])
+    other = data._replace(train=data.train._replace(labels=data.train.labels.at[5].add(1)))
+    monkeypatch.setattr(tasks, "load_dataset", lambda *args: other)
+    assert resume(copy) == 2 and contents(copy) == before
+    in_use, setting, data = capsys.readouterr().err.splitlines()
+    assert str(copy) in in_use and "another process" in in_use
+    assert "--sigma" in setting and "0.01" in setting and "--dataset" in data
+
+
+@pytest.mark.parametrize("flags", [
+    "--no-such-flag 3", "stray", "--widt 8", "--widths", "--widths 8 0", "--depth 1.5", "--decay 2",
+    "--sigma nan", "--sigma 0", "--seed 4294967296", "--learning-rate x", "--task rnn", "--resume",
+    "--preset paper", "--truncation 200", "--min-length 3000", "--max-offset 101", "--out @",
+    "--distributed", "--distributed a b --out new", "--first-theta absent", "--task lm",
+    "--first-theta @/metrics.csv", "--dataset cifar10 --data-dir absent", "--task vit --patch 3",
+    "--out @/metrics.csv", "--start adam --hidden 8 1"])
+def test_bad_input_is_one_line_that_names_it(flags, finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before, words = contents(finished), flags.replace("@", str(finished)).split()
+    assert run("--image-size", 8, *words) == 2
+    assert contents(finished) == before and not contents(tmp_path)
+    error = capsys.readouterr().err
+    assert error.startswith("meta_train.py: error: ") and error.count("\n") == 1, error
+    assert any(word in error for word in words if len(word) > 3), error
+
+
+def test_the_report_compares_with_adamw_in_sp(monkeypatch):
+    """And shows AdamW with the rate of the narrow network, with its best rate, and with 0.001."""
+    monkeypatch.setattr(tasks, "optimizer_for", lambda *args: lopt.adamw(1e-2))  # in μP, for θ
+    args, rates = meta_train.parse(f"{TINY} --report-steps 5".split())[0], meta_train.RATES
+    losses = meta_train.compare_with_adamw(args, data := tasks.load_data(args), FIRST)
+    assert [*losses] == [4, 64] and all([*adamw] == [*rates] for _, adamw in losses.values())
+    _, expected = jax.jit(lambda split: tasks.train(
+        tasks.mlp_task(data, 4, 1, 4, mup.SP), lambda steps: lopt.adamw(1e-2), split,
+        jax.random.key(1), 5))(data.train)
+    assert losses[4][1][1e-2] == pytest.approx(float(expected[-1]), rel=1e-5) != losses[4][0]
+    losses = {4: (1.52, dict(zip(rates, (1.9, 1.57, 1.5, np.nan)))),
+              64: (1.26, dict(zip(rates, (1.3, 1.2, 1.32, np.nan))))}
+    *_, narrow, wide = meta_train.report(losses, args).splitlines()
+    assert narrow.split() == ["4", "1.5200", *["1.5000", "(0.003)"] * 2, "1.5700"]
+    assert wide.split() == ["64", "1.2600", "1.3200", "(0.003)", "1.2000", "(0.001)", "1.2000"]
+
+
+# -------- Processes of their own
+def begin(out, flags, processes=1):
+    return start(out, f"{TINY} {flags}", processes, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+
+
+def said(out):
+    return out.with_suffix(".log").read_text()
+
+
+def wait_until(condition, out, processes):
+    while not condition():
+        assert all(process.poll() is None for process in processes), said(out)
+        time.sleep(0.002)
+
+
+def interrupt(folder):
+    """Interrupt a long meta-step twice: (code, log)."""
+    out = folder / "long"
+    one, = begin(out, "--truncation 100000000 --min-length 100000000 --max-length 100000000")
     try:
-        return [(process.wait(timeout), process.stderr.read()) for process in processes]
+        wait_until(lambda: rows(out), out, [one])
+        time.sleep(3)  # XLA compiles or computes
+        one.send_signal(signal.SIGINT)
+        wait_until(lambda: "stopping after this meta-step" in said(out), out, [one])
+        one.send_signal(signal.SIGINT)
+        return one.wait(60), said(out)
     finally:
-        for process in processes:
-            process.kill()
+        one.kill()
+
+
+def kill(folder):
+    """Kill a run, resume it as two processes, kill one, resume it as one, interrupt its report."""
+    out, first = folder / "killed", folder / "first.npz"
+    lopt.save(first, FIRST)
+    one, = begin(out, f"--first-theta {first}")
+    wait_until(lambda: len(rows(out)) > 4, out, [one])
+    one.kill()
+    one.wait()
+    two = begin(out, "--resume", processes=2)
+    wait_until((out / "checkpoint-00000009.npz").exists, out, two)
+    two[1].kill()
+    survivor = two[0].wait(120), said(out)
+    one, = begin(out, "--resume --report-steps 100000")
+    wait_until(lambda: "wrote" in said(out), out, [one])
+    one.send_signal(signal.SIGINT)
+    return survivor, (one.wait(60), said(out)), out
 
 
 def whole_runs(folder):
-    """(folder of a run by one process, folder of one by two of which one was killed, the survivor's end).
-
-    That end is (exit code, stderr, seconds after the kill). The two were then started again and ran to theirs.
-    """
-    alone, together = folder / "alone", folder / "together"
-    one, two = start(alone, 1), start(together, 2)
-    deadline = time.monotonic() + 150
-    while not (together / "checkpoint-00000005-1-of-2.npz").exists():
-        assert time.monotonic() < deadline and two[0].poll() is None, finish(two)
-        time.sleep(0.005)
-    two[1].send_signal(signal.SIGKILL)
-    killed = time.monotonic()
-    end = *finish(two)[0], time.monotonic() - killed
-    results = finish(one) + finish(start(together, 2, "--resume"))
-    assert [code for code, _ in results] == [0, 0, 0], results
-    return alone, together, end
+    return side_by_side(lambda function: function(folder), (interrupt, kill))
 
 
 @pytest.fixture(scope="module")
 def runs(whole_runs):
-    """What `whole_runs` returned; they began before the first test."""
     return whole_runs.result()
 
 
-def test_meta_training_reduces_the_meta_loss(runs):
-    """θ and metrics are written, and the meta-loss falls below that of fresh networks."""
-    alone, _, _ = runs
-    learned = lopt.load(alone / "theta.npz")
-    assert learned.step_mult == 0.01 and learned.made["settings"]["widths"] == [16]
-    assert learned.parametrization == mup.Parametrization("mup", hidden_lr_mult=2.0)
-    assert learned.made["meta_steps_made"] == STEPS
-    header, *rows = (alone / "metrics.csv").read_text().splitlines()
-    assert header.split(",") == list(meta_train.COLUMNS)
-    assert [int(row.split(",")[0]) for row in rows] == list(range(1, STEPS + 1))
-    losses = [float(row.split(",")[1]) for row in rows]
-    assert np.mean(losses[-10:]) < np.log(10) - 0.02  # 2.243 with two seeds, from 2.305
-
-
 def test_a_killed_process_ends_the_other(runs):
-    """The survivor ends soon, with a line that says why."""
-    _, _, (code, errors, seconds) = runs
-    assert code == 2 and "another process" in errors, errors[-2000:]
-    assert seconds < 120
+    _, ((code, log), _, _) = runs
+    assert code == 2 and "Traceback" not in log and "--resume" in log.splitlines()[-1], log
 
 
-def test_two_processes_equal_one(runs):
-    """To the last bit, although one was killed and both resumed. One writes the metrics, both write checkpoints."""
-    alone, together = (lopt.load(folder / "theta.npz") for folder in runs[:2])
-    jax.tree.map(np.testing.assert_array_equal, together.theta, alone.theta)
-    assert len((runs[1] / "metrics.csv").read_text().splitlines()) == STEPS + 1
-    for i in range(2):
-        assert (runs[1] / f"checkpoint-{STEPS:08d}-{i}-of-2.npz").is_file()
+def test_a_killed_run_resumes_to_the_same_bits_as_any_number_of_processes(runs, finished):
+    _, (_, _, out) = runs
+    assert results(out) == results(finished)  # by one process on four devices
+
+
+def test_ctrl_c_ends_a_comparison_and_the_second_one_a_long_meta_step(runs):
+    end, (_, other_end, out) = runs
+    for code, log in (end, other_end):
+        assert code == 130 and log.endswith("\n\nmeta_train.py: interrupted\n"), log
+    assert lopt.load(out / "theta.npz").made["meta_steps_made"] == 12
