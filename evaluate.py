@@ -161,13 +161,13 @@ def sweep(args: argparse.Namespace, dataset: tasks.Dataset, contender: Contender
         task_in = partial(tasks.task_of, args, dataset, size.width, size.depth)
         return contender.on(task_in, hyper)
 
-    def trained(size, hyper, key, splits):
-        return tasks.train(*problem(size, hyper), splits[0], key, size.steps)[1]
-
     def tested(size, hyper, key, splits):
         task, make_optimizer = problem(size, hyper)
         params, losses = tasks.train(task, make_optimizer, splits[0], key, size.steps)
         return losses, task.test(params, splits[1])
+
+    def trained(*args):
+        return tested(*args)[0]
 
     def checked(size, hyper, key, splits):
         layers = tasks.coordinate_check(*problem(size, hyper), splits[0], key, size.steps)
@@ -263,7 +263,7 @@ def groups(rows: list[Row], *columns: str) -> dict[tuple, list[Row]]:
 
 def add_slopes(rows: list[Row]) -> None:
     """Add to a coordinate check the slope of ln change against ln width."""
-    for group in groups(rows, "optimizer", "tuned", "layer", "step").values():
+    for group in groups(rows, "optimizer", "tuned", "depth", "steps", "layer", "step").values():
         changes = np.array([row["rms_change"] for row in group])
         changes[np.isinf(changes)] = np.nan
         slope = float(tasks.slope([row["width"] for row in group], changes))
@@ -353,8 +353,7 @@ def write_csv(path: Path, rows: list[Row], columns: Sequence[str]) -> list[Seque
 
 
 NAMES = {"mulo_m": "μLO_M", "lo_m": "LO_M", "mulo_s": "μLO_S", "lo_s": "LO_S", "adamw": "AdamW",
-         "mulo_m_128": "μLO_M, base width 128 (ours)", "muadam": "μAdam",
-         "transfer": "tuned at {x} {first}", "per-width": "tuned at each {x}"}
+         "mulo_m_128": "μLO_M, base width 128 (ours)", "muadam": "μAdam"}
 
 
 def draw(path: Path, args: argparse.Namespace, rows: list[Row], known: list[int]) -> None:
@@ -372,11 +371,11 @@ def draw(path: Path, args: argparse.Namespace, rows: list[Row], known: list[int]
     figure = Figure((max(6, 3.5 * across), 1 + 3 * down), dpi=120, layout="constrained")
     axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
     ticks = sorted({row[x] for row in rows})
+    names = NAMES | {"transfer": f"tuned at {x} {ticks[0]}", "per-width": f"tuned at each {x}"}
     for axis, (name, group) in zip(axes, panels.items()):
         for i, (line, points) in enumerate(groups(group, *line_by).items()):
             at, values = [row[x] for row in points], np.array([row[y] for row in points])
-            label = ", ".join(NAMES.get(word, str(word)) for word in line if word != "-")
-            label = label.format(x=x, first=at[0])
+            label = ", ".join(names.get(word, str(word)) for word in line if word != "-")
             axis.errorbar(at, np.where(np.isinf(values), np.nan, values),
                           [row.get("std", 0.0) for row in points], label=label, color=f"C{i}",
                           marker="o", markersize=3, capsize=2)
@@ -387,13 +386,13 @@ def draw(path: Path, args: argparse.Namespace, rows: list[Row], known: list[int]
         axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=7)
         axis.minorticks_off()
         axis.set_yscale("log" if is_check else "linear")
-        axis.set_title(", ".join(f"{by} {word}" if isinstance(word, int) else NAMES.get(word, word)
+        axis.set_title(", ".join(f"{by} {word}" if isinstance(word, int) else names.get(word, word)
                                  for by, word in zip(panel_by, name)), fontsize=8)
         if x == "width" and known:
             axis.axvspan(min(known) / 1.1, max(known) * 1.1, color="gray", alpha=0.15, linewidth=0)
     axes[0].legend(fontsize=7, title="step" if is_check else None)
     figure.suptitle(f"{args.task} on {args.dataset}, batches of {args.batch_size}")
-    figure.supxlabel(f"{x} (×: diverged; gray: meta-training)" if known else f"{x} (×: diverged)")
+    figure.supxlabel(f"{x} (×: diverged; gray: meta-training)")
     figure.supylabel("RMS change of pre-activations" if is_check else "training loss")
     png = io.BytesIO()
     figure.savefig(png, format="png")

@@ -1,4 +1,4 @@
-"""Optimizers: the learned optimizers small_fc_lopt and VeLO, AdamW, and learned optimizers on disk.
+"""Optimizers: small_fc_lopt, VeLO and AdamW, and the files of learned optimizers.
 
     python lopt.py       print the features of a weight matrix (10 s)
 
@@ -162,6 +162,12 @@ def statistics(averages: Averages, g: Array, p: Array) -> Statistics:
     return Statistics(g, p, m, v, r, c, rho, rsqrt_plus(c))
 
 
+def each(function: Callable, *rows: Any) -> list[Array]:
+    """The function of each decay's arrays. rows: arrays [3, S], or lists of three arrays [S]."""
+    at_once = isinstance(rows[0], jax.Array)
+    return [*(jax.vmap(function)(*rows) if at_once else map(function, *rows))]
+
+
 def features(s: Statistics) -> dict[str, list[Array]]:
     """The features of one tensor: arrays [S], or with length 1 along axes on which they are equal.
 
@@ -171,24 +177,25 @@ def features(s: Statistics) -> dict[str, list[Array]]:
     """
     g, p, m, v, r, c, rho, kappa = s
     if rho is None:
-        g_scale = [rsqrt_plus(x + 1e-9) for x in r]
-        m_scale = [lax.rsqrt(x + 1e-6) for x in r]
+        g_scale = each(lambda r: rsqrt_plus(r + 1e-9), r)
+        m_scaled = each(lambda m, r: m * lax.rsqrt(r + 1e-6), m, r)
     else:
-        g_scale = m_scale = [x * y for x, y in zip(rho, kappa)]
+        g_scale = each(lambda ρ, κ: ρ * κ, rho, kappa)
+        m_scaled = each(lambda m, ρ, κ: m * (ρ * κ), m, rho, kappa)
     rsqrt_v = lax.rsqrt(v + 1e-6)
     return {
-        "g": [g],                                           # 0
-        "p": [p],                                           # 1
-        "m": [*m],                                          # 2–4
-        "v": [v],                                           # 5
-        "m rsqrt(v+1e-6)": [x * rsqrt_v for x in m],        # 6–8
-        "rsqrt(v+1e-6)": [rsqrt_v],                         # 9
-        "g ρκ": [g * x for x in g_scale],                   # 10–12
-        "r": [*r],                                          # 13–15
-        "c": [*c],                                          # 16–18
-        "rsqrt(r+1e-8)": [lax.rsqrt(x + 1e-8) for x in r],  # 19–21
-        "rsqrt(c+1e-8)": [lax.rsqrt(x + 1e-8) for x in c],  # 22–24
-        "m ρκ": [x * y for x, y in zip(m, m_scale)],        # 25–27
+        "g": [g],                                                 # 0
+        "p": [p],                                                 # 1
+        "m": [*m],                                                # 2–4
+        "v": [v],                                                 # 5
+        "m rsqrt(v+1e-6)": each(lambda m: m * rsqrt_v, m),        # 6–8
+        "rsqrt(v+1e-6)": [rsqrt_v],                               # 9
+        "g ρκ": [g * x for x in g_scale],                         # 10–12
+        "r": [*r],                                                # 13–15
+        "c": [*c],                                                # 16–18
+        "rsqrt(r+1e-8)": each(lambda r: lax.rsqrt(r + 1e-8), r),  # 19–21
+        "rsqrt(c+1e-8)": each(lambda c: lax.rsqrt(c + 1e-8), c),  # 22–24
+        "m ρκ": m_scaled,                                         # 25–27
     }
 
 
@@ -258,7 +265,7 @@ def plain_update(features_of: Callable, learned: Learned, s: Statistics) -> Arra
 
 
 class LearnedOptimizerState(NamedTuple):
-    """step: int32, the updates made so far. averages: a tree of `Averages`, like the params."""
+    """step: int32, the updates made so far. averages: `Averages` of four trees like the params."""
     step: Array
     averages: Tree
 
@@ -269,7 +276,8 @@ def small_fc_lopt(learned: Learned, update_multipliers: Tree = 1.0) -> Optimizer
     A gradient entry whose square is not finite counts as 0.
     """
     def init(params):
-        return LearnedOptimizerState(jnp.zeros((), jnp.int32), jax.tree.map(init_averages, params))
+        averages = jax.tree.map(init_averages, params)
+        return LearnedOptimizerState(jnp.zeros((), jnp.int32), by_average(params, averages))
 
     def update(grads, state, params, value=None):
         decays, mlp = trained_decays(learned.theta), at_time(learned, state.step)
@@ -279,10 +287,11 @@ def small_fc_lopt(learned: Learned, update_multipliers: Tree = 1.0) -> Optimizer
             return -multiplier * update  # μP acts here: a hidden weight moves 1/fan_in as far
 
         grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g * g), g, 0.0), grads)
-        averages = jax.tree.map(lambda g, a: update_averages(a, g, decays), grads, state.averages)
+        averages = jax.tree.map(lambda g, *old: update_averages(Averages(*old), g, decays),
+                                grads, *state.averages)
         multipliers = spread(update_multipliers, params)
         updates = jax.tree.map(new_update, params, grads, averages, multipliers)
-        return updates, LearnedOptimizerState(state.step + 1, averages)
+        return updates, LearnedOptimizerState(state.step + 1, by_average(params, averages))
 
     return Optimizer(init, update)
 
@@ -363,14 +372,12 @@ def learned_optimizer(learned: Learned, update_multipliers: Tree = 1.0,
                       num_steps: int | Array | None = None) -> Optimizer:
     """A learned optimizer for params of any tree, type, shape and mesh.
 
-    update_multipliers: `mup.update_multipliers`: a tree like the params, a prefix of one, or one
-    number. num_steps: the planned number of updates; VeLO needs it. Integer and empty tensors get
-    zero updates. Raises ValueError.
+    update_multipliers: a tree like the params, or one number. num_steps: the planned number of
+    updates; VeLO needs it. Raises ValueError.
 
     Ours: gradient_multiplier (`mup.gradient_multiplier`) multiplies all gradients. Each update also
     takes away the share learned.decay of the params. learned.horizon slows a run of num_steps down
-    by pace = horizon/num_steps: the features see pace · t, and updates are multiplied by √pace,
-    because T random steps add up to √T of one.
+    by pace = horizon/num_steps: the features see pace · t, and updates are multiplied by √pace.
     """
     check_theta(learned)
     optimizer = (velo(learned, update_multipliers, num_steps) if learned.architecture == "velo"
@@ -403,10 +410,7 @@ def with_cooldown(optimizer: Optimizer, num_steps: int | Array,
 
 
 def for_any_params(init: Callable, update: Callable) -> Optimizer:
-    """Extend an optimizer of float32 tensors to any params, and jit it.
-
-    Integer and empty leaves are None for it.
-    """
+    """Extend an optimizer of float32 tensors to any params. Other leaves get zero updates."""
     def moves(p):
         if jnp.iscomplexobj(p):
             raise ValueError("params are complex: use optax.contrib.split_real_and_imaginary")
@@ -469,6 +473,11 @@ def init_averages(p: Array) -> Averages:
     return Averages(three(p), zeros(p), r, c)
 
 
+def by_average(params: Tree, averages: Tree) -> Averages:
+    """A tree with `Averages` at its leaves as `Averages` of four trees like the params."""
+    return Averages(*(jax.tree.map(lambda p, a: a[i], params, averages) for i in range(4)))
+
+
 def spread(multipliers: Tree, params: Tree) -> Tree:
     """The multiplier of each leaf of the params."""
     def names(path):  # Flax NNX boxes arrays in a field `value`
@@ -505,11 +514,13 @@ def check_theta(learned: Learned) -> None:
     if learned.architecture == "velo":
         units = shapes.get("lstm_init_state/hidden", (1,))[-1]
         expected = velo_shapes(units, shapes.get("ff_mod_stack/~/b0", (1,))[0])
-    else:
-        biases = [shapes[name] for name in sorted(shapes) if name[0] == "b"]
-        hidden = tuple(math.prod(shape) for shape in biases[:-1]) or (32,)
+    elif learned.architecture == "small_fc_lopt":
+        layers = sum(name[0] == "b" for name in shapes)
+        hidden = tuple(math.prod(shapes.get(f"b{i}", (1,))) for i in range(layers - 1)) or (32,)
         fresh = jax.eval_shape(lambda: init_theta(jax.random.key(0), hidden))
         expected = {name: x.shape for name, x in fresh.items()}
+    else:
+        raise ValueError(f"unknown architecture {learned.architecture!r}")
     for name in sorted({*shapes, *expected}):
         if shapes.get(name) != expected.get(name):
             raise ValueError(f"no θ of {learned.architecture}: {name!r} has shape "
@@ -527,7 +538,7 @@ def fast_update(features_of: Callable, learned: Learned, s: Statistics) -> Array
     return (in_one_kernel if in_kernel else in_chunks)(features_of, learned, s)
 
 
-# The weights that go through the MLP at once: the activations of a pair stay in a CPU's L2 cache.
+# Weights that go through the MLP at once: the activations of a pair stay in a CPU's L2 cache.
 CHUNK = {"cpu": 2048, "gpu": 2**18}
 
 
@@ -540,9 +551,9 @@ def in_chunks(features_of: Callable, learned: Learned, s: Statistics) -> Array:
     """
     shape = s.g.shape
     s = jax.tree.map(lambda x: as_matrices(x, shape), s)
-    others, rows, columns = s.g.shape
+    *others, rows, columns = s.g.shape
     weights = CHUNK.get(jax.default_backend(), 2048)
-    chunk = max(1, min(rows, weights // (others * columns)))  # rows of a chunk
+    chunk = max(1, min(rows, weights // (math.prod(others) * columns)))  # rows of a chunk
     chunks = -(-rows // chunk)
 
     made, w0 = flat(features_of(s)), learned.theta["w0"]
@@ -556,8 +567,8 @@ def in_chunks(features_of: Callable, learned: Learned, s: Statistics) -> Array:
             x, first_row(i), chunk, -2, allow_negative_indices=False)
 
     def features_of_chunk(i):  # [len(each), others, chunk, columns]
-        in_chunk = flat(features_of(jax.tree.map(lambda x: cut(x, i), s)))
-        return jnp.stack([in_chunk[j] for j in each])
+        here = made if chunks == 1 else flat(features_of(jax.tree.map(lambda x: cut(x, i), s)))
+        return jnp.concatenate([here[j][None] for j in each])
 
     def add_squares(i, total):
         x = features_of_chunk(i)
@@ -573,7 +584,7 @@ def in_chunks(features_of: Callable, learned: Learned, s: Statistics) -> Array:
     w0_each = (w0[np.array(each)] * rms_scale(squares / float(s.g.size))[:, None]).T
     of_rows, of_all = hidden_of_others(learned, made, s)
     # XLA's loop adds this four times as fast if it is laid out for a whole chunk.
-    of_all = jnp.broadcast_to(of_all, (w0.shape[1], others, chunk, columns))
+    of_all = jnp.broadcast_to(of_all, (w0.shape[1], *others, chunk, columns))
 
     def write_update(i, update):
         x = features_of_chunk(i)
@@ -594,7 +605,7 @@ def hidden_of_others(learned: Learned, made: list[Array],
     of_rows, of_all = None, learned.theta["b0"].reshape(-1, *(1,) * s.g.ndim)
     for shape in sorted({f.shape for f in made} - {s.g.shape}):
         here = np.array([i for i, f in enumerate(made) if f.shape == shape])
-        x = jnp.stack([made[i] for i in here])
+        x = jnp.concatenate([made[i][None] for i in here])
         scale = rms_scale(jnp.mean(x * x, axis=tuple(range(1, x.ndim))))
         hidden = jnp.einsum("fh,f...->h...", learned.theta["w0"][here] * scale[:, None], x)
         if shape[-2] > 1:
@@ -606,54 +617,54 @@ def hidden_of_others(learned: Learned, made: list[Array],
 
 def in_one_kernel(features_of: Callable, learned: Learned, s: Statistics,
                   interpret: bool = False) -> Array:
-    """`plain_update` as one GPU kernel: the hidden units, 1,100 bytes, never leave its registers.
-
-    interpret: compute it without a GPU, slowly.
-    """
+    """`plain_update` as one GPU kernel. interpret: compute it without a GPU, slowly."""
     from jax.experimental.pallas import pallas_call, program_id, triton
 
     shape = s.g.shape
     s = jax.tree.map(lambda x: as_matrices(x, shape), s)
     theta, made = learned.theta, flat(features_of(s))
     each = [i for i, f in enumerate(made) if f.shape == s.g.shape]
-    blocks = [[f for f in block if f.shape == s.g.shape] for block in features_of(s).values()]
-    mean_squares = jnp.concatenate([jnp.mean(jnp.stack(x) ** 2, (1, 2, 3)) for x in blocks if x])
+    blocks = [[f.ravel() for f in x if f.shape == s.g.shape] for x in features_of(s).values()]
+    mean_squares = jnp.concatenate([jnp.mean(jnp.stack(x) ** 2, axis=1) for x in blocks if x])
     w0 = theta["w0"][np.array(each)] * rms_scale(mean_squares)[:, None]  # [len(each), H]
-    last = sum(name[0] == "w" for name in theta) - 1  # the layer with the outputs d and s
+    last = sum(name[0] == "w" for name in theta) - 1
 
     def padded(x, *axes):  # with zeros along axes of hidden units: Triton takes 16, 32, 64 …
         return jnp.pad(x, [(0, (max(16, 1 << (n - 1).bit_length()) - n) * (i in axes))
                            for i, n in enumerate(x.shape)])
 
-    of_others = [padded(jnp.moveaxis(x, 0, -1), 3)  # [others, rows, columns, H], some of length 1
+    of_others = [padded(jnp.moveaxis(x, 0, -1), s.g.ndim)  # [others, rows, columns, H]
                  for x in hidden_of_others(learned, made, s) if x is not None]
     layers = [(padded(theta[f"w{i}"], 0, 1), padded(theta[f"b{i}"], 0)) for i in range(1, last)]
     outputs = padded(theta[f"w{last}"].T, 1), theta[f"b{last}"]
     arrays, structure = jax.tree.flatten((s, of_others, padded(w0, 1), layers, outputs))
-    n, (_, rows, columns) = 128, s.g.shape  # n weights in each program of the kernel
+    n = 128  # weights in each program of the kernel
 
     def kernel(*refs):  # of the arrays, all flat, and of the update
         *refs, out = refs
         which = program_id(0) * n + jnp.arange(n)
         there = which < s.g.size  # the last program has fewer
-        place = which // (rows * columns), which // columns % rows, which % columns
+        places = jnp.unravel_index(which, s.g.shape)
 
         def load(array, at, mask=None):
             return triton.load(array.ref.at[at], mask=mask, other=None if mask is None else 0.0)
 
         def at_weights(shape):  # the entries of the weights in an array of this shape
-            o, r, c = (jnp.where(size > 1, i, 0) for i, size in zip(place, shape))
-            return (o * shape[1] + r) * shape[2] + c
+            at = jnp.zeros_like(which)
+            for place, size in zip(places, shape):
+                at = at * size + (place if size > 1 else 0)
+            return at
 
         def statistic(x):  # [n], or a list of three
-            at, size = at_weights(x.shape[-3:]), math.prod(x.shape[-3:])
-            three = [load(x, i * size + at, there) for i in range(math.prod(x.shape) // size)]
-            return three if len(x.shape) > 3 else three[0]
+            one = x.shape[-s.g.ndim:]
+            three = [load(x, i * math.prod(one) + at_weights(one), there) for i in range(
+                math.prod(x.shape) // math.prod(one))]
+            return three if one != x.shape else three[0]
 
         s_, of_others, w0, layers, (w, b) = structure.unflatten(
             [types.SimpleNamespace(ref=ref, shape=x.shape) for ref, x in zip(refs, arrays)])
         made, units = flat(features_of(jax.tree.map(statistic, s_))), jnp.arange(w0.shape[1])
-        hidden = sum(load(x, at_weights(x.shape[:3])[:, None] * len(units) + units, there[:, None])
+        hidden = sum(load(x, at_weights(x.shape[:-1])[:, None] * len(units) + units, there[:, None])
                      for x in of_others)
         for k, i in enumerate(each):
             hidden += made[i][:, None] * load(w0, k * len(units) + units)  # [n, H]
@@ -678,23 +689,20 @@ def as_matrices(x: Array, shape: tuple[int, ...]) -> Array:
     """An array [..., S], S with length 1 in places, as [..., others, rows, columns]."""
     lead = x.shape[:x.ndim - len(shape)]
     if len(shape) < 2:
-        return x.reshape(*lead, 1, -1, 1)
-    x = jnp.moveaxis(x, sorted(largest_axes(shape)), (-2, -1))
-    return x.reshape(*lead, -1, *x.shape[-2:])
+        return x.reshape(*lead, -1, 1)
+    return jnp.moveaxis(x, sorted(largest_axes(shape)), (-2, -1))
 
 
 def from_matrices(x: Array, shape: tuple[int, ...]) -> Array:
     """An array [others, rows, columns] as a tensor of this shape."""
     if len(shape) < 2:
         return x.reshape(shape)
-    axes = sorted(largest_axes(shape))
-    others = [n for i, n in enumerate(shape, -len(shape)) if i not in axes]
-    return jnp.moveaxis(x.reshape(*others, *x.shape[-2:]), (-2, -1), axes)
+    return jnp.moveaxis(x, (-2, -1), sorted(largest_axes(shape)))
 
 
 # -------- VeLO, a baseline
 # An LSTM over a network's tensors chooses the step size and the MLP of each one.
-# "A slip" marks what looks wrong and must stay, because the weights were trained with it.
+# "A slip" looks wrong, but must stay: the published weights were trained with it.
 
 def update_losses(losses: Tree, value: Array, t: Array, num_steps: Array) -> tuple[Tree, Array]:
     """The memory after a loss, and 9 features: each average of the loss beside the next longer one.
@@ -770,14 +778,14 @@ def velo_features(s: Statistics) -> dict[str, list[Array]]:
     rsqrt_v = lax.rsqrt(v + 1e-6)
     ours = features(s) | {"g clipped": [jnp.clip(g, -0.1, 0.1)], "g rsqrt(v+1e-6)": [g * rsqrt_v]}
     if rho is None:
-        ours["m ρκ"] = [x * lax.rsqrt(y) for x, y in zip(m, r)]
+        ours["m ρκ"] = each(lambda m, r: m * lax.rsqrt(r), m, r)
     names = ("g", "g clipped", "p", "m", "v", "m rsqrt(v+1e-6)", "rsqrt(v+1e-6)", "g ρκ",
              "g rsqrt(v+1e-6)", "r", "c", "rsqrt(r+1e-8)", "rsqrt(c+1e-8)", "m ρκ")
     return {name: ours[name] for name in names}
 
 
 class VeLOState(NamedTuple):
-    """hidden, cell: the LSTM's state [tensors, units]. averages: a tree of `Averages`."""
+    """hidden, cell: the LSTM's state [tensors, units]. averages: as in `LearnedOptimizerState`."""
     step: Array
     losses: Tree
     hidden: Array
@@ -802,16 +810,16 @@ def velo(learned: Learned, update_multipliers: Tree, num_steps: int | Array | No
         hidden, cell = (jnp.tile(theta[f"lstm_init_state/{name}"], (tensors, 1))
                         for name in ("hidden", "cell"))
         losses = jnp.zeros(10, jnp.float32), jnp.full(10, 999999999999.0, jnp.float32)
-        return VeLOState(jnp.zeros((), jnp.int32), losses, hidden, cell,
-                         jax.tree.map(init_averages, params))
+        averages = by_average(params, jax.tree.map(init_averages, params))
+        return VeLOState(jnp.zeros((), jnp.int32), losses, hidden, cell, averages)
 
     def update(grads, state, params, value=None):
         if value is None:
             raise ValueError("VeLO needs the loss: update(…, value=loss)")
         t, value = state.step, jnp.asarray(value, jnp.float32)
         losses, of_loss = update_losses(state.losses, value, t, num_steps)
-        x = jax.tree.map(lambda p, a: tensor_inputs(p, a, t / num_steps, of_loss),
-                         params, state.averages)
+        x = jax.tree.map(lambda p, *old: tensor_inputs(p, Averages(*old), t / num_steps, of_loss),
+                         params, *state.averages)
         x = jnp.reshape(jnp.asarray(jax.tree.leaves(x), jnp.float32), (-1, 30))
         hidden, cell = lstm(theta, x, state.hidden, state.cell)
         mlps = mix_bank(theta, layer(theta, "rnn_to_controls", hidden))
@@ -823,12 +831,14 @@ def velo(learned: Learned, update_multipliers: Tree, num_steps: int | Array | No
             return -c * scale * fast_update(velo_features, mlp, statistics(a, g, p))
 
         grads = jax.tree.map(lambda g: jnp.clip(g, -1000.0, 1000.0), grads)
-        averages = jax.tree.map(lambda g, a: update_averages(a, g, decays), grads, state.averages)
+        averages = jax.tree.map(lambda g, *old: update_averages(Averages(*old), g, decays),
+                                grads, *state.averages)
         treedef = jax.tree.structure(params)
         number = treedef.unflatten(range(treedef.num_leaves))
         updates = jax.tree.map(new_update, params, grads, averages,
                                spread(update_multipliers, params), number)
-        return updates, VeLOState(state.step + 1, losses, hidden, cell, averages)
+        after = by_average(params, averages)
+        return updates, VeLOState(state.step + 1, losses, hidden, cell, after)
 
     return Optimizer(init, update)
 
@@ -861,7 +871,7 @@ def write_atomically(path: str | os.PathLike, write: Callable) -> None:
                 os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        raise InputError(f"{path}: not written ({error.strerror})") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -887,18 +897,14 @@ def reading(path: str | os.PathLike) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # damaged files raise a dozen types
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = " ".join(str(error)[:300].split()) or type(error).__name__
         raise InputError(f"{path}: cannot be read, or is damaged ({why})") from None
 
 
 def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, checked by its CRC-32."""
-    with reading(path):
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
-                raise ValueError("its checksum does not match")
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
+    """The arrays of an .npz file. Reading checks their CRC-32."""
+    with reading(path), np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def save(path: str | os.PathLike, learned: Learned) -> None:
@@ -971,7 +977,6 @@ def read_safetensors(content: bytes) -> dict[str, np.ndarray]:
 
 
 # Objects by their first byte from 0xc4 on: (kind, `struct`'s code of the value or length behind).
-# Flax's arrays are extensions; five have a fixed length.
 MSGPACK = [(kind, code) for kind, codes in (
     ("bytes", "BHI"), ("array", "BHI"), ("number", "fdBHIQbhiq"), ("array", "-----"),
     ("text", "BHI"), ("list", "HI"), ("map", "HI")) for code in codes]

@@ -264,8 +264,7 @@ def newest_checkpoint(path: Path) -> dict[str, Any] | None:
 class Run:
     """The folder of a run, where process 0 writes. stopped: the signal that stops it, or 0."""
 
-    def __init__(self, path: Path, about: dict[str, Any],
-                 checkpoint: dict[str, Any] | None):
+    def __init__(self, path: Path, about: dict[str, Any], checkpoint: dict[str, Any] | None):
         self.path, self.about, self.checkpoint, self.stopped = path, about, checkpoint, 0
         self.rows = [] if checkpoint is None else checkpoint["rows"].tolist()
         self.writes = jax.process_index() == 0

@@ -2,8 +2,7 @@
 
     python tasks.py      a coordinate check of Adam on MLPs, in SP and in μP (20 s)
 
-A `Task` is a network with a data set, in μP or in the standard parametrization (SP). Its functions
-are pure, for use inside a jitted step.
+A `Task` is a network with a data set, in μP or in the standard parametrization (SP).
 
 Sources: μLO (arXiv 2406.00153); TP5 = "Tensor Programs V" (arXiv 2203.03466).
 
@@ -60,7 +59,6 @@ class Task(NamedTuple):
     forward(params, inputs) → (logits [..., V], {layer: pre-activations}). sample(key, split) →
     (inputs, labels). held_out(split) → (test examples, how many at once, index → a batch of one).
     """
-    name: str
     classes: int
     weights: Tree
     forward: Callable
@@ -121,7 +119,7 @@ def mlp(inputs: int, classes: int, width: int, depth: int,
     return weights, forward
 
 
-def classification(name: str, dataset: Dataset, weights: Tree, forward: Callable,
+def classification(dataset: Dataset, weights: Tree, forward: Callable,
                    parametrization: Parametrization, batch_size: int) -> Task:
     """The task to classify images; at most 10,000 are tested."""
     mean, std = np.asarray(dataset.mean, np.float32), np.asarray(dataset.std, np.float32)
@@ -136,7 +134,7 @@ def classification(name: str, dataset: Dataset, weights: Tree, forward: Callable
     def held_out(split):
         return min(split.labels.shape[0], 10_000), 250, lambda i: examples(split, i[None])
 
-    return Task(name, dataset.classes, weights, forward, parametrization, sample, held_out)
+    return Task(dataset.classes, weights, forward, parametrization, sample, held_out)
 
 
 def mlp_task(dataset: Dataset, width: int, depth: int, batch_size: int,
@@ -144,7 +142,7 @@ def mlp_task(dataset: Dataset, width: int, depth: int, batch_size: int,
     """The task to classify images by an MLP: μLO's first task."""
     pixels = math.prod(dataset.train.inputs.shape[1:])
     network = mlp(pixels, dataset.classes, width, depth, parametrization)
-    return classification(f"mlp-w{width}-d{depth}", dataset, *network, parametrization, batch_size)
+    return classification(dataset, *network, parametrization, batch_size)
 
 
 # -------- Inner training; make_optimizer(planned number of steps) → an optimizer
@@ -289,7 +287,7 @@ def vit_task(dataset: Dataset, width: int, depth: int, batch_size: int,
         return jnp.concatenate([token, x], axis=1) + c * params["positions"]  # (B, L, W)
 
     network = transformer(weights, embed, dataset.classes, width, depth, p, False, 0)
-    return classification(f"vit-w{width}-d{depth}", dataset, *network, p, batch_size)
+    return classification(dataset, *network, p, batch_size)
 
 
 def lm_task(dataset: Dataset, width: int, depth: int, batch_size: int,
@@ -318,13 +316,13 @@ def lm_task(dataset: Dataset, width: int, depth: int, batch_size: int,
         return min(split.inputs.shape[0] - 1, 2_000), 50, lambda i: windows(split, i[None], first)
 
     network = transformer(weights, embed, vocabulary, width, depth, p, True, slice(None))
-    return Task(f"lm-w{width}-d{depth}", vocabulary, *network, p, sample, held_out)
+    return Task(vocabulary, *network, p, sample, held_out)
 
 
-# -------- Data sets; a reader of images yields (is it for training, images, labels)
+# -------- Data sets; a reader of images yields (for training?, images, labels)
 
 Parts = Iterator[tuple[bool, np.ndarray, np.ndarray]]
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # its customary means and deviations
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # customary means, deviations
 CIFAR10_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -368,6 +366,8 @@ def make_synthetic(size: int) -> Parts:
 def read_cifar10(folder: Path) -> Parts:
     """CIFAR-10, binary version: files of 10,000 records of a label and 3 × 32 × 32 pixels."""
     for file in CIFAR10_FILES:
+        if not (folder / file).is_file():
+            raise InputError(f"{folder / file}: is not there; --download fetches it")
         with reading(folder / file):
             records = np.frombuffer((folder / file).read_bytes(), np.uint8).reshape(10_000, 3073)
         images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -537,8 +537,7 @@ class CommandLine(argparse.ArgumentParser):
     """A parser with flags and errors of one line."""
 
     def __init__(self, name: str, doc: str):
-        layout = partial(argparse.RawDescriptionHelpFormatter, width=100,
-                                   max_help_position=30)
+        layout = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=30)
         super().__init__(name, f"python {name} [flags]", doc.split("\n\n")[1],
                          formatter_class=layout, allow_abbrev=False)
 
@@ -622,8 +621,7 @@ def leave(code: int, message: str) -> None:
     os._exit(code)
 
 
-def command(run: Callable, name: str,
-            argv: Sequence[str] | None = None) -> int:
+def command(run: Callable, name: str, argv: Sequence[str] | None = None) -> int:
     """Run a command line: its exit code. What the user can mend is one line on stderr."""
     with contextlib.suppress(AttributeError):  # a notebook's streams cannot
         for stream in (sys.stdout, sys.stderr):
@@ -654,12 +652,12 @@ def set_up(args: argparse.Namespace, divides: int = 0) -> None:
         count = max(d for d in range(1, cores + 1) if divides % d == 0)
         with contextlib.suppress(RuntimeError):  # JAX has been used: its devices stay
             jax.config.update("jax_num_cpu_devices", count)
-    try:  # a CPU has float32 products alone
-        highest = jax.default_backend() == "cpu"
+    try:
+        is_cpu = jax.default_backend() == "cpu"  # it has float32 products alone
     except (AssertionError, RuntimeError):
         raise InputError("JAX finds no device: see JAX_PLATFORMS") from None
     jax.config.update("jax_default_matmul_precision",
-                      "highest" if highest else args.matmul_precision)
+                      "highest" if is_cpu else args.matmul_precision)
 
 
 def main() -> None:

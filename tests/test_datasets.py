@@ -140,7 +140,7 @@ def npz(data, labels=np.ones(2, int)) -> bytes:
 
 # {data set: (writer, [(a file, its content or a function of the right one, words of the error)])}
 DAMAGED = {
-    "cifar10": (write_cifar10, [(BATCH, None, "No such file"), (BATCH, lambda c: c[:-1], BATCH),
+    "cifar10": (write_cifar10, [(BATCH, None, "--download"), (BATCH, lambda c: c[:-1], BATCH),
                                 (BATCH, lambda c: b"\x0a" + c[1:], "label")]),
     "mnist": (write_idx, [
         (IDX[3], None, "No such file"), (IDX[2], lambda c: c[:-1], IDX[2]), (IDX[0], b"", IDX[0]),

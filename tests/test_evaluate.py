@@ -92,7 +92,7 @@ def test_hyperparameters_are_kept_or_tuned_again():
 
 def test_muadam_has_the_multipliers_of_mup():
     weights, ones = {"w": mup.Weight("hidden", (2, 3), 2)}, {"w": jnp.ones((2, 3))}
-    _, make = BASELINES["muadam"].on(lambda p: tasks.Task("", 2, weights, None, p, None, None),
+    _, make = BASELINES["muadam"].on(lambda p: tasks.Task(2, weights, None, p, None, None),
                                      Hyper(0.01, hidden_lr_mult=0.5))
     updates, _ = make(9).update(ones, make(9).init(ones), ones)
     np.testing.assert_allclose(updates["w"], -0.01 * 0.5 / 2, rtol=1e-5)  # fan_in 2

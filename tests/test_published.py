@@ -13,8 +13,8 @@ import mup
 
 SHAPES = {"w0": (39, 32), "b0": (32,), "w1": (32, 32), "b1": (32,), "w2": (32, 2), "b2": (2,),
           "momentum_decays": (3,), "rms_decays": (1,), "adafactor_decays": (3,)}
-THETA = {name: np.random.default_rng(0).standard_normal(shape, np.float32)
-         for name, shape in SHAPES.items()}
+THETA = {name: np.random.default_rng(i).standard_normal(shape, np.float32)
+         for i, (name, shape) in enumerate(SHAPES.items())}
 OURS = lopt.Learned(THETA, 0.01, 0.002, mup.Parametrization("mup", 2.0, 16.0, 0.5, 128),
                     made={"meta_steps": 1000, "settings": {"widths": [32]}}, decay=0.1, horizon=7)
 
@@ -43,7 +43,7 @@ def refusal(path):
     try:
         lopt.load(path)
     except lopt.InputError as error:
-        assert str(error).startswith(str(path)) and "\n" not in str(error)
+        assert str(error).startswith(str(path)) and "\n" not in str(error) and len(str(error)) < 500
         return str(error)
 
 
@@ -89,15 +89,15 @@ def test_damaged_files_are_read_exactly_or_refused(kind, tmp_path):
     if kind != "npz":
         path.write_bytes(mulo_file() if kind == "safetensors"
                          else (GOLDEN_DIR / "velo_params.msgpack").read_bytes())
-    whole, content = lopt.load(path), path.read_bytes()
+    whole, content = jax.device_get(lopt.load(path)), path.read_bytes()
     framing = np.ones(len(content), bool)
-    for x in map(np.asarray, whole.theta.values()):
+    for x in whole.theta.values():
         start = max(content.find(x.tobytes()), content.find(x.T.tobytes()))
         framing[start:start + x.nbytes] &= start < 0
     for place in [*rng.choice(np.flatnonzero(framing), 60), *rng.integers(0, len(content), 15)]:
         path.write_bytes(content[:place] + rng.bytes(1) + content[place + 1:])
         if refusal(path) is None:
-            read = lopt.load(path)
+            read = jax.device_get(lopt.load(path))
             changed = sum(np.sum(read.theta[name] != x) for name, x in whole.theta.items())
             assert changed <= (kind != "npz") and read[1:] == whole[1:], place
     for length in rng.integers(0, len(content), 20):

@@ -8,7 +8,7 @@ from conftest import ROOT
 # module: (lines, lines above the waterline, what is used above and defined below, its imports)
 HOUSE = {"mup": (240, 145, {"standard_normals"}, set()),
          "lopt": (1040, 395, {"fast_update", "flat", "block_sizes", "init_averages", "spread",
-                              "zeros", "for_any_params"}, {"mup"}),
+                              "zeros", "for_any_params", "by_average"}, {"mup"}),
          "tasks": (680, 250, set(), {"mup", "lopt"}),
          "es": (260, 170, {"draw_key", "SIDE_BY_SIDE"}, {"lopt", "tasks"}),
          "meta_train": (470, 165, set(), {"mup", "lopt", "tasks", "es"}),
