@@ -31,7 +31,7 @@ from tasks import inner_step
 
 
 class PES(NamedTuple):
-    """sigma: σ of the perturbations. truncation: K. max_offset: a bound; None stands for K."""
+    """sigma: σ of the perturbations. truncation: K. max_offset: see `new_pair`; None: K."""
     sigma: float = 0.01
     truncation: int = 50
     min_length: int = 100
@@ -46,7 +46,7 @@ class Inner(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """An antithetic pair between two truncations.
+    """The state of an antithetic pair between two truncations.
 
     params, opt_state: of its two runs, leaves [2, …]. xi: the accumulator ξ [P]. run_step, length:
     int32, the steps that the present run has made, and its length.
@@ -85,7 +85,7 @@ def pes_gradient(losses: Array, counted: Array, after: Array, eps: Array, xi: Ar
         gradient = 1/(2σ²) · [ Σ_{t not after} Δ_t · ξ + Σ_{t after} Δ_t · ε ] / (counted steps)
 
     and then ξ ← ε if a new run has begun. losses [K, 2]: at θ+ε and θ−ε. counted, after: bool [K];
-    after marks the steps of a run that began in this truncation and has felt ε alone. Source: PES.
+    counted is False at a reset; after is True once a new run has begun. Source: PES.
     """
     xi = xi + eps
     delta = jnp.where(counted, losses[:, 0] - losses[:, 1], 0.0)
@@ -148,7 +148,7 @@ def new_pair(inner: Inner, pes: PES, key: Array, theta: Array) -> Pair:
 
 
 def new_run(inner: Inner, pes: PES, key: Array, thetas: Array, time: Array) -> Pair:
-    """A pair at the start of a run: fresh weights, the same for both signs, and ξ = 0.
+    """A pair at the start of a run: fresh weights, the same for both runs, and ξ = 0.
 
     Its length is exp(U(ln min_length, ln max_length)), rounded to whole steps.
     """
@@ -168,12 +168,12 @@ DRAWS = ("eps", "start", "length", "batch", "offset")
 
 
 def draw_key(key: Array, purpose: str, when: Array) -> Array:
-    """The key of one draw of a pair. when: meta_step for a draw once a truncation, else time."""
+    """The key of one draw of a pair. when: meta_step for eps, else time."""
     return jax.random.fold_in(jax.random.fold_in(key, DRAWS.index(purpose)), when)
 
 
 def pair_keys(key: Array, pairs: Array) -> Array:
-    """One key for each pair: key, int32 [N] → keys [N]."""
+    """One key for each pair: key, indices [N] → keys [N]."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, pairs)
 
 
@@ -223,7 +223,7 @@ def influence_balancing() -> Inner:
 
 def estimates(inner: Inner, pes: PES, theta: Array, keys: Array, truncations: int,
               persistent: bool = True, skip: int = 0) -> tuple[Array, Array]:
-    """The mean (estimate [N, P], loss [N]) of each pair over truncations from skip on. Without
+    """Each pair's mean (estimate [N, P], loss [N]) after the first `skip` truncations. Without
     persistent, ξ is set to 0 after each truncation: this is truncated ES."""
     def one_pair(key):
         def meta_step(pair, step):

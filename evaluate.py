@@ -39,7 +39,7 @@ import tasks
 from lopt import InputError, reading
 from tasks import COUNT, SCALE, SHARE
 
-Row = dict[str, Any]  # by column: words and numbers; inf if it diverged, nan if there is none
+Row = dict[str, Any]  # by column: a word or a number; inf if it diverged, nan if there is none
 
 
 class Size(NamedTuple):
@@ -62,8 +62,8 @@ class Contender(NamedTuple):
     """An optimizer in its parametrization.
 
     make(task, hyper, num_steps) → the optimizer of a run. start: where tuning begins. factors:
-    {field of `Hyper`: ratio of neighbours on its grid}, in tuning order; multipliers among them are
-    factors of the parametrization's own. identity: the name, with the checksum of a θ.
+    {field of `Hyper`: ratio of neighbours on its grid}, in tuning order; multipliers among them
+    multiply the parametrization's own. identity: the name, with the checksum of a θ.
     """
     name: str
     parametrization: mup.Parametrization
@@ -89,7 +89,7 @@ def adam(task: tasks.Task, hyper: Hyper, num_steps: int, cosine: bool = False) -
     return lopt.adamw(rate, weight_decay=hyper.weight_decay, update_multipliers=multipliers)
 
 
-# μAdam multiplies hidden updates by hidden_lr_mult/fan_in: its hidden_lr_mult is about a width.
+# μAdam multiplies hidden updates by hidden_lr_mult/fan_in: good values are about a width.
 WITH_DECAY = dict(start=Hyper(1e-3, 0.1), factors={"learning_rate": 2.0, "weight_decay": 4.0})
 BASELINES = {contender.name: contender for contender in (
     Contender("adamw", mup.SP, adam, factors={"learning_rate": 2.0}),
@@ -101,7 +101,7 @@ BASELINES = {contender.name: contender for contender in (
 
 
 def tune(loss_of: Callable, start: Hyper, factors: dict[str, float]) -> Hyper:
-    """The best point of a grid without ends, by a walk along one field of `Hyper` after the other.
+    """A good point of a grid without ends, by a walk along one field of `Hyper` after the other.
 
     The walk goes to a neighbour, one factor up or down, for as long as that is better. It makes at
     most three rounds over all fields. loss_of must return inf, not nan.
@@ -176,7 +176,7 @@ def sweep(args: argparse.Namespace, dataset: tasks.Dataset, contender: Contender
     def marks(size):  # after 1, 10, … and all steps
         return sorted({size.steps, *(10**i for i in range(len(str(size.steps))))})
 
-    @functools.lru_cache(maxsize=2)  # frees the memory of one size before the next
+    @functools.lru_cache(maxsize=2)  # those of one size
     def program(function, size, seeds):
         return over_seeds(partial(function, size), seeds)
 
@@ -285,7 +285,7 @@ def over_seeds(function: Callable, seeds: int) -> Callable:
     def on_all(hyper, keys, splits):
         sharded = jax.shard_map(on_device, mesh=mesh, check_vma=False, out_specs=by_seed,
                                 in_specs=(copies, by_seed, copies))
-        padded = jnp.concatenate([keys, keys[:count * share - seeds]])  # the last share
+        padded = jnp.concatenate([keys, keys[:count * share - seeds]])  # to full shares
         return jax.tree.map(lambda x: x[:seeds], sharded(hyper, padded, splits))
 
     return jax.jit(on_all)
@@ -392,7 +392,7 @@ def draw(path: Path, args: argparse.Namespace, rows: list[Row], known: list[int]
             axis.axvspan(min(known) / 1.1, max(known) * 1.1, color="gray", alpha=0.15, linewidth=0)
     axes[0].legend(fontsize=7, title="step" if is_check else None)
     figure.suptitle(f"{args.task} on {args.dataset}, batches of {args.batch_size}")
-    figure.supxlabel(f"{x} (×: diverged; gray: meta-training)")
+    figure.supxlabel(f"{x} (×: diverged; gray, if any: meta-training)")
     figure.supylabel("RMS change of pre-activations" if is_check else "training loss")
     png = io.BytesIO()
     figure.savefig(png, format="png")
@@ -408,23 +408,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags, with the defaults of the sweep. Raises `InputError`."""
     parser = tasks.CommandLine("evaluate.py", __doc__)
     flag = parser.flag
-    flag("--sweep", tuple(SWEEPS), "width", "what varies; horizon: the length of the runs")
+    flag("--sweep", tuple(SWEEPS), "width", "what varies; sets further defaults")
     flag("--theta", str, [], "files of θ", metavar="FILE")
-    flag("--baselines", tuple(BASELINES), [], "AdamW; with decay; with a cosine; Adam in μP")
+    flag("--baselines", tuple(BASELINES), [], "AdamW; + decay; + decay, cosine; μAdam")
     tasks.add_task_flags(parser)
     flag("--depths", COUNT, [], "depths (default: --depth; depth sweep: 3 6 12 16)")
     flag("--steps", COUNT, 1000, "inner steps")
     flag("--lengths", COUNT, [], "several --steps (horizon sweep: 1000 5000 25000)")
     flag("--seeds", COUNT, 3, "inner runs of each optimizer")
-    flag("--tune", ("transfer", "per-width", "both", "none"), "transfer", "tune baselines at the "
-         "first size, at each, both ways, or not")
+    flag("--tune", ("transfer", "per-width", "both", "none"), "transfer", "tune at the first size, "
+         "at each, both ways, or not")
     flag("--tune-steps", COUNT, None, "inner steps of tuning (default: those of the run)")
     flag("--tune-seeds", COUNT, None, "inner runs of tuning (default: --seeds)")
     flag("--tune-theta", ("input_mult", "output_mult", "hidden_lr_mult"), [],
          "ours: tune these multipliers of θ, at the first size")
     flag("--step-mult", SCALE, None, "ours: replace θ's own scale of updates")
     flag("--decay", SHARE, None, "ours: replace θ's own decay")
-    flag("--cooldown", SHARE, 0.0, "ours: share of a run in which θ's updates fall to 0")
+    flag("--cooldown", SHARE, 0.0, "ours: last share of a run, where θ's updates fall to 0")
     flag("--out", str, "runs/evaluate", "folder of the results", metavar="DIR")
     flag("--name", str, None, "name of the files in --out (default: the sweep)")
     flag("--plot", bool, False, "draw NAME.png, too; needs matplotlib")
@@ -439,8 +439,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-DECIDE = ("sweep", "task", "patch", "batch_size", "matmul_precision", "seed", "seeds", "tune_steps",
-          "tune_seeds", "step_mult", "decay", "cooldown")  # flags that decide each result
+DECIDE = ("sweep", "task", "patch", "batch_size", "vocab_size", "matmul_precision", "seed", "seeds",
+          "tune_steps", "tune_seeds", "step_mult", "decay", "cooldown")  # they decide each result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -450,7 +450,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     contenders = [*(contender_of(path, args) for path in args.theta),
                   *(BASELINES[name]._replace(identity=name) for name in args.baselines)]
     if len({contender.name for contender in contenders}) < len(contenders):
-        raise InputError("--theta: two have the same name; rename a file")
+        raise InputError("two contenders have the same name")
     dataset = tasks.load_data(args)
     sizes = [Size(width, depth, steps) for depth in args.depths or [args.depth]
              for width in args.widths for steps in args.lengths or [args.steps]]

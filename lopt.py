@@ -83,9 +83,9 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
 class Averages(NamedTuple):
     """The decaying averages of one tensor, all 0 at first, without bias correction.
 
-    m [3, S]: of the gradient. v [S]: of its square. r, c [3, S]: of the square's mean over the
-    largest and the second largest axis, whose length is 1. For vectors and scalars r is of the
-    square itself, and c is None.
+    m [3, S]: of the gradient. v [S]: of its square. r [3, S]: of the square's mean over the largest
+    axis, which keeps length 1. c [3, S]: over the second largest. For vectors and scalars r is of
+    the square itself, and c is None.
     """
     m: Array
     v: Array
@@ -94,7 +94,7 @@ class Averages(NamedTuple):
 
 
 def trained_decays(theta: dict[str, Array]) -> tuple[Array, Array, Array]:
-    """The decays of m, v and r, c: β = 1 − exp(10·(ln(1−β₀)/10 + offset)), but for m in [0, 1]."""
+    """The decays of m, v and r, c: β = 1 − exp(10·(ln(1−β₀)/10 + offset)); v, r, c in [0, 1]."""
     def decays(betas: tuple[float, ...], offset: Array) -> Array:
         return 1.0 - jnp.exp(10.0 * (np.log(1.0 - np.asarray(betas, np.float32)) / 10.0 + offset))
 
@@ -104,7 +104,7 @@ def trained_decays(theta: dict[str, Array]) -> tuple[Array, Array, Array]:
 
 
 def largest_axes(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(d0, d1), the largest and the second largest axis, from the end; of equal ones the later."""
+    """(d0, d1), the largest and the second largest axis, both negative; in a tie d0 is later."""
     *_, d1, d0 = np.argsort(shape, kind="stable") - len(shape)
     return int(d0), int(d1)
 
@@ -163,17 +163,17 @@ def statistics(averages: Averages, g: Array, p: Array) -> Statistics:
 
 
 def each(function: Callable, *rows: Any) -> list[Array]:
-    """The function of each decay's arrays. rows: arrays [3, S], or lists of three arrays [S]."""
+    """Map a function over the decays. rows: arrays [3, S], or lists of three arrays [S]."""
     at_once = isinstance(rows[0], jax.Array)
     return [*(jax.vmap(function)(*rows) if at_once else map(function, *rows))]
 
 
 def features(s: Statistics) -> dict[str, list[Array]]:
-    """The features of one tensor: arrays [S], or with length 1 along axes on which they are equal.
+    """The features of one tensor: arrays [S], or with length 1 along axes where they are constant.
 
     To change the learned optimizer, add, change or drop a line: all other code follows this table.
     Compute means over the tensor in `statistics`: the fast paths take a few weights at a time. They
-    also reshape: test `rho is None` to detect vectors, not `g.ndim`.
+    also reshape: test `rho is None` to detect vectors, not `g.ndim`. VeLO takes blocks by name.
     """
     g, p, m, v, r, c, rho, kappa = s
     if rho is None:
@@ -311,7 +311,7 @@ def adamw(learning_rate: float | Array | Callable, *, b1: float = 0.9,
           update_multipliers: Tree = 1.0) -> Optimizer:
     """AdamW: −η · multiplier · (m̂/(√v̂ + ε) + weight_decay · p), m̂ = m/(1−β₁ᵗ), v̂ = v/(1−β₂ᵗ).
 
-    learning_rate: η, or a function of the updates made so far. With μP's update_multipliers this is
+    learning_rate: η, or a function of the step. With μP's update_multipliers this is
     μAdam (TP5, Table 8).
     """
     def init(params):
@@ -361,7 +361,7 @@ def clip_by_global_norm(tree: Tree, limit: float) -> Tree:
 # ~~~~~~~~ waterline: the paper above, the machine and what is ours below ~~~~~~~~
 
 class InputError(ValueError):
-    """A user can mend it: one line, exit code 2."""
+    """A user's error: one line, exit code 2."""
 
 
 # -------- The public learned optimizer: any params, and what is ours
@@ -376,8 +376,8 @@ def learned_optimizer(learned: Learned, update_multipliers: Tree = 1.0,
     updates; VeLO needs it. Raises ValueError.
 
     Ours: gradient_multiplier (`mup.gradient_multiplier`) multiplies all gradients. Each update also
-    takes away the share learned.decay of the params. learned.horizon slows a run of num_steps down
-    by pace = horizon/num_steps: the features see pace · t, and updates are multiplied by √pace.
+    takes away the share learned.decay of the params. learned.horizon gives a run of num_steps
+    the pace horizon/num_steps: the features see pace · t, and updates are multiplied by √pace.
     """
     check_theta(learned)
     optimizer = (velo(learned, update_multipliers, num_steps) if learned.architecture == "velo"
@@ -410,7 +410,7 @@ def with_cooldown(optimizer: Optimizer, num_steps: int | Array,
 
 
 def for_any_params(init: Callable, update: Callable) -> Optimizer:
-    """Extend an optimizer of float32 tensors to any params. Other leaves get zero updates."""
+    """Extend an optimizer of float32 tensors to any params. Integers get zero updates."""
     def moves(p):
         if jnp.iscomplexobj(p):
             raise ValueError("params are complex: use optax.contrib.split_real_and_imaginary")
@@ -436,7 +436,7 @@ def for_any_params(init: Callable, update: Callable) -> Optimizer:
             with jax.sharding.use_abstract_mesh(mesh):
                 automatic = jax.sharding.auto_axes(of_any, out_sharding=layout)
                 return automatic(grads, state, params, value)
-        # XLA lays out both branches of a choice alike, and then drops the choice.
+        # `where` makes XLA shard the new like the old. XLA then drops it.
         return jax.tree.map(lambda old, new: jnp.where(True, new, old), (params, state),
                             of_any(grads, state, params, value))
 
@@ -451,7 +451,7 @@ def for_any_params(init: Callable, update: Callable) -> Optimizer:
 
 
 def mesh_of(tree: Tree) -> Any:
-    """The mesh over which JAX shards the arrays of a tree; None if there is none."""
+    """The mesh over which JAX shards the arrays of a tree; None if none or manual."""
     meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree)]
     meshes = [m for m in meshes if not m.empty and AxisType.Manual not in m.axis_types]
     return meshes[0] if meshes else None
@@ -474,7 +474,7 @@ def init_averages(p: Array) -> Averages:
 
 
 def by_average(params: Tree, averages: Tree) -> Averages:
-    """A tree with `Averages` at its leaves as `Averages` of four trees like the params."""
+    """Turn a tree of `Averages` into `Averages` of four trees like the params."""
     return Averages(*(jax.tree.map(lambda p, a: a[i], params, averages) for i in range(4)))
 
 
@@ -538,16 +538,16 @@ def fast_update(features_of: Callable, learned: Learned, s: Statistics) -> Array
     return (in_one_kernel if in_kernel else in_chunks)(features_of, learned, s)
 
 
-# Weights that go through the MLP at once: the activations of a pair stay in a CPU's L2 cache.
+# Weights in the MLP at once: the activations of a pair's two runs fit a CPU's L2 cache.
 CHUNK = {"cpu": 2048, "gpu": 2**18}
 
 
 def in_chunks(features_of: Callable, learned: Learned, s: Statistics) -> Array:
     """`plain_update`, several times as fast and with little memory.
 
-    Features that vary along one axis only are multiplied by their rows of w0 there, and added by
-    broadcasting: 16 of 39 inputs remain for each weight. The scales commute into w0: (x·s) W =
-    x (s[:, None] W). Axes: others, rows, columns; the last two are the largest of a tensor.
+    Features constant along an axis are multiplied by their rows of w0 as small arrays, and then
+    broadcast: 16 of 39 inputs remain for each weight of a matrix. The scales commute into w0:
+    (x·s) W = x (s[:, None] W). Axes: others, rows, columns; the last two are the largest.
     """
     shape = s.g.shape
     s = jax.tree.map(lambda x: as_matrices(x, shape), s)
@@ -557,7 +557,7 @@ def in_chunks(features_of: Callable, learned: Learned, s: Statistics) -> Array:
     chunks = -(-rows // chunk)
 
     made, w0 = flat(features_of(s)), learned.theta["w0"]
-    each = [i for i, f in enumerate(made) if f.shape == s.g.shape]  # features of each weight
+    own = [i for i, f in enumerate(made) if f.shape == s.g.shape]  # features of each weight
 
     def first_row(i):  # of chunk i; the last chunk overlaps the one before it
         return jnp.minimum(i * chunk, rows - chunk)
@@ -566,9 +566,9 @@ def in_chunks(features_of: Callable, learned: Learned, s: Statistics) -> Array:
         return x if x.shape[-2] == 1 or chunks == 1 else lax.dynamic_slice_in_dim(
             x, first_row(i), chunk, -2, allow_negative_indices=False)
 
-    def features_of_chunk(i):  # [len(each), others, chunk, columns]
+    def features_of_chunk(i):  # [len(own), others, chunk, columns]
         here = made if chunks == 1 else flat(features_of(jax.tree.map(lambda x: cut(x, i), s)))
-        return jnp.concatenate([here[j][None] for j in each])
+        return jnp.concatenate([here[j][None] for j in own])
 
     def add_squares(i, total):
         x = features_of_chunk(i)
@@ -580,15 +580,15 @@ def in_chunks(features_of: Callable, learned: Learned, s: Statistics) -> Array:
     def loop(body, start):
         return body(0, start) if chunks == 1 else lax.fori_loop(0, chunks, body, start)
 
-    squares = loop(add_squares, jnp.zeros_like(s.g, shape=(len(each),)))
-    w0_each = (w0[np.array(each)] * rms_scale(squares / float(s.g.size))[:, None]).T
+    squares = loop(add_squares, jnp.zeros_like(s.g, shape=(len(own),)))
+    w0_own = (w0[np.array(own)] * rms_scale(squares / float(s.g.size))[:, None]).T
     of_rows, of_all = hidden_of_others(learned, made, s)
     # XLA's loop adds this four times as fast if it is laid out for a whole chunk.
     of_all = jnp.broadcast_to(of_all, (w0.shape[1], *others, chunk, columns))
 
     def write_update(i, update):
         x = features_of_chunk(i)
-        hidden = (w0_each @ x.reshape(len(x), -1)).reshape(-1, *x.shape[1:]) + of_all
+        hidden = (w0_own @ x.reshape(len(x), -1)).reshape(-1, *x.shape[1:]) + of_all
         if of_rows is not None:
             hidden = hidden + cut(of_rows, i)  # [H, others, chunk, columns]
         new = mlp_update(learned, hidden.reshape(len(hidden), -1)).reshape(x.shape[1:])
@@ -600,8 +600,8 @@ def in_chunks(features_of: Callable, learned: Learned, s: Statistics) -> Array:
 
 def hidden_of_others(learned: Learned, made: list[Array],
                      s: Statistics) -> tuple[Array | None, Array]:
-    """The first layer's part from features of the rows [H, others, rows, 1], or None, and from the
-    bias and the columns [H, others, 1, columns]."""
+    """The first layer's parts: from row features [H, others, rows, 1], or None; and from the bias
+    and column features [H, others, 1, columns]."""
     of_rows, of_all = None, learned.theta["b0"].reshape(-1, *(1,) * s.g.ndim)
     for shape in sorted({f.shape for f in made} - {s.g.shape}):
         here = np.array([i for i, f in enumerate(made) if f.shape == shape])
@@ -623,10 +623,10 @@ def in_one_kernel(features_of: Callable, learned: Learned, s: Statistics,
     shape = s.g.shape
     s = jax.tree.map(lambda x: as_matrices(x, shape), s)
     theta, made = learned.theta, flat(features_of(s))
-    each = [i for i, f in enumerate(made) if f.shape == s.g.shape]
+    own = [i for i, f in enumerate(made) if f.shape == s.g.shape]
     blocks = [[f.ravel() for f in x if f.shape == s.g.shape] for x in features_of(s).values()]
     mean_squares = jnp.concatenate([jnp.mean(jnp.stack(x) ** 2, axis=1) for x in blocks if x])
-    w0 = theta["w0"][np.array(each)] * rms_scale(mean_squares)[:, None]  # [len(each), H]
+    w0 = theta["w0"][np.array(own)] * rms_scale(mean_squares)[:, None]  # [len(own), H]
     last = sum(name[0] == "w" for name in theta) - 1
 
     def padded(x, *axes):  # with zeros along axes of hidden units: Triton takes 16, 32, 64 …
@@ -649,7 +649,7 @@ def in_one_kernel(features_of: Callable, learned: Learned, s: Statistics,
         def load(array, at, mask=None):
             return triton.load(array.ref.at[at], mask=mask, other=None if mask is None else 0.0)
 
-        def at_weights(shape):  # the entries of the weights in an array of this shape
+        def at_weights(shape):  # the weights' flat indices in an array of this shape
             at = jnp.zeros_like(which)
             for place, size in zip(places, shape):
                 at = at * size + (place if size > 1 else 0)
@@ -666,7 +666,7 @@ def in_one_kernel(features_of: Callable, learned: Learned, s: Statistics,
         made, units = flat(features_of(jax.tree.map(statistic, s_))), jnp.arange(w0.shape[1])
         hidden = sum(load(x, at_weights(x.shape[:-1])[:, None] * len(units) + units, there[:, None])
                      for x in of_others)
-        for k, i in enumerate(each):
+        for k, i in enumerate(own):
             hidden += made[i][:, None] * load(w0, k * len(units) + units)  # [n, H]
         for w1, b1 in layers:
             square = jnp.arange(w1.shape[0])[:, None] * w1.shape[1] + jnp.arange(w1.shape[1])
@@ -674,9 +674,8 @@ def in_one_kernel(features_of: Callable, learned: Learned, s: Statistics,
                                 precision=lax.Precision.HIGHEST)
             hidden += load(b1, jnp.arange(w1.shape[1]))
         hidden, units = activation(hidden), jnp.arange(w.shape[1])
-        d, scale = (jnp.sum(hidden * load(w, j * len(units) + units), 1) + b.ref[j]
-                    for j in (0, 1))
-        triton.store(out.at[which], update_from(learned, d, scale), mask=there)
+        d_and_s = (jnp.sum(hidden * load(w, j * len(units) + units), 1) + b.ref[j] for j in (0, 1))
+        triton.store(out.at[which], update_from(learned, *d_and_s), mask=there)
 
     update = pallas_call(kernel, jax.ShapeDtypeStruct((s.g.size,), s.g.dtype),
                          grid=(-(-s.g.size // n),), interpret=interpret,
@@ -705,9 +704,9 @@ def from_matrices(x: Array, shape: tuple[int, ...]) -> Array:
 # "A slip" looks wrong, but must stay: the published weights were trained with it.
 
 def update_losses(losses: Tree, value: Array, t: Array, num_steps: Array) -> tuple[Tree, Array]:
-    """The memory after a loss, and 9 features: each average of the loss beside the next longer one.
+    """The memory after a loss, and 9 features: each loss average relative to the next longer one.
 
-    losses: the averages, from short to long, and their minima, [10] each.
+    losses: the means, from short to long, and the minima of c, [10] each.
     c_j = means_j / (1 − d_j^(t+1)),   d_j = exp(−1/h_j), h_j geometric from 10 to num_steps;
     feature_j = clip((c_j − lowest_j) / max(1e-8, c_{j+1} − lowest_j) − 1, −1, 1), 0 for t < 2.
     A loss above twice the largest average counts as that much.
@@ -764,7 +763,7 @@ def lstm(theta: dict[str, Array], x: Array, hidden: Array, cell: Array) -> tuple
 
 
 def mix_bank(theta: dict[str, Array], controls: Array) -> dict[str, Array]:
-    """Each tensor's MLP: 100 · mean over the bank of controls [tensors, bank] · its weights."""
+    """Each tensor's MLP: 100 · mean over the bank of (controls [tensors, bank] · weights)."""
     bank = {name[15:]: x for name, x in theta.items() if name.startswith("ff_mod_stack/~/")}
     # θ holds the first matrix in pieces, one for each block of features.
     pieces = [bank.pop(f"w0__{i}") for i in range(len(block_sizes(velo_features)))]
@@ -976,7 +975,7 @@ def read_safetensors(content: bytes) -> dict[str, np.ndarray]:
             .reshape(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
 
 
-# Objects by their first byte from 0xc4 on: (kind, `struct`'s code of the value or length behind).
+# Objects by their first byte from 0xc4 on: (kind, `struct` code of the value or length behind).
 MSGPACK = [(kind, code) for kind, codes in (
     ("bytes", "BHI"), ("array", "BHI"), ("number", "fdBHIQbhiq"), ("array", "-----"),
     ("text", "BHI"), ("list", "HI"), ("map", "HI")) for code in codes]

@@ -123,7 +123,7 @@ def make_meta_step(args: argparse.Namespace, inner_tasks: Sequence[tasks.Task], 
         updates, adam = adamw.update(gradient, state.adam, state.theta)
         updates = lopt.clip_by_global_norm(updates, 1.0)
 
-        # A meta-gradient without any finite entry changes nothing
+        # If no entry is finite, θ and Adam's state stay
         updates, adam = jax.tree.map(partial(jnp.where, jnp.any(finite)),
                                      (updates, adam), (jnp.zeros_like(updates), state.adam))
         metrics = Metrics(meta_loss, lopt.global_norm(gradient), lopt.global_norm(updates),
@@ -160,10 +160,10 @@ def make_parser() -> tasks.CommandLine:
     """The command line."""
     parser = tasks.CommandLine("meta_train.py", __doc__)
     flag = parser.flag
-    flag("--preset", tuple(PRESETS), "laptop", "paper-s, paper-m: the paper's")
+    flag("--preset", tuple(PRESETS), "laptop", "paper-s, -m: the paper's μLO_S, μLO_M")
     tasks.add_task_flags(parser)
     flag("--parametrization", ("mup", "sp"), "mup", "μP or SP, which has no multipliers")
-    flag("--input-mult", SCALE, 1.0, "μP's multiplier of the first layer")
+    flag("--input-mult", SCALE, 1.0, "μP's multiplier of input weights")
     flag("--output-mult", SCALE, 16.0, "μP's multiplier of logits; in the paper 1")
     flag("--hidden-lr-mult", SCALE, 16.0, "μP's multiplier of hidden updates; in the paper 1")
     flag("--pairs", COUNT, 8, "antithetic pairs for each width")
@@ -171,7 +171,7 @@ def make_parser() -> tasks.CommandLine:
     flag("--sigma", SCALE, 0.01, "standard deviation of the perturbations")
     flag("--min-length", COUNT, 100, "shortest inner run, steps")
     flag("--max-length", COUNT, 1000, "longest inner run")
-    flag("--max-offset", COUNT, None, "bound of the first runs' offsets (default: --truncation)")
+    flag("--max-offset", COUNT, None, "first runs begin below this step (default: --truncation)")
     flag("--hidden", COUNT, [32, 32], "units of the hidden layers of the MLP with weights θ")
     flag("--step-mult", SCALE, 0.003, "scale of all updates; in the paper 0.01; SP: 0.001")
     flag("--exp-mult", SCALE, 0.001, "scale of the log-magnitudes")
@@ -182,15 +182,15 @@ def make_parser() -> tasks.CommandLine:
     flag("--warmup-steps", COUNT_OR_0, 100, "of the warm-up, in meta-steps")
     flag("--weight-decay", SHARE, 1e-4, "weight decay of θ")
     flag("--base-width", COUNT_OR_0, 0, "ours: multiply gradients by width/N; 0: off")
-    flag("--decay", SHARE, 0.0, "ours: share of the weights that an update takes away")
-    flag("--horizon", COUNT_OR_0, 0, "ours: train at the pace of N steps; 0: off")
+    flag("--decay", SHARE, 0.0, "ours: inner weight decay per update")
+    flag("--horizon", COUNT_OR_0, 0, "ours: scale a run's time to N steps; 0: off")
     flag("--start", ("random", "adam"), "random", "ours: adam: a θ that acts as Adam")
     flag("--out", str, None, "folder of the run (default: a new one in runs/)", metavar="DIR")
     flag("--resume", bool, False, "resume from the newest checkpoint in --out, if any")
-    flag("--checkpoint-every", COUNT, 100, "meta-steps of a checkpoint")
-    flag("--report-steps", COUNT_OR_0, 1000, "inner steps of the comparison")
-    flag("--distributed", str, None, "several processes: address of process 0, their number, this "
-         "one's; JAX may find them", nargs="*", metavar="HOST:PORT")
+    flag("--checkpoint-every", COUNT, 100, "meta-steps per checkpoint")
+    flag("--report-steps", COUNT_OR_0, 1000, "inner steps of the report; 0: none")
+    flag("--distributed", str, None, "address of process 0, number of processes, index of this "
+         "one; none: JAX finds them", nargs="*", metavar="HOST:PORT")
     return parser
 
 
@@ -200,8 +200,8 @@ OF_THE_RUN = ("out", "resume", "checkpoint_every", "report_steps", "distributed"
 
 def parse(argv: Sequence[str] | None,
           saved: dict[str, Any] | None = None) -> tuple[argparse.Namespace, lopt.Learned | None]:
-    """(the flags, the learned optimizer of --first-theta). Their defaults are those of the preset
-    and of --first-theta, or the saved settings of a run to resume. Raises `InputError`."""
+    """(the flags, the learned optimizer of --first-theta). Defaults: those of the preset and of
+    --first-theta, or the saved settings of a run to resume. Raises `InputError`."""
     parser, first = make_parser(), None
     args = parser.parse_args(argv)
     sp = {"step_mult": 0.001} if args.parametrization == "sp" else {}
@@ -247,7 +247,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in (
 
 
 def newest_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The newest checkpoint in a folder that can be read."""
+    """The newest readable checkpoint in a folder, if any."""
     files = sorted(path.glob("checkpoint-*.npz"), reverse=True)
     for file in files:
         try:

@@ -32,7 +32,7 @@ Tree = Any  # a pytree
 
 
 class Parametrization(NamedTuple):
-    """"mup" or "sp", and the multipliers that μP leaves free. base_width is ours; 0 is off."""
+    """"mup" or "sp", and the multipliers that μP leaves free. base_width: ours, 0 for none."""
     name: str = "mup"
     input_mult: float | Array = 1.0
     output_mult: float | Array = 1.0
@@ -49,14 +49,14 @@ MUP, SP = Parametrization("mup"), Parametrization("sp")
 
 
 class Rule(NamedTuple):
-    """A row of μP's table: the initial σ, and the multipliers of the output and of the update."""
+    """A row of the table: the initial σ, the forward multiplier and the update multiplier."""
     std: float
     forward: float | Array
     update: float | Array
 
 
 def rules(parametrization: Parametrization, fan_in: int) -> dict[str, Rule]:
-    """μP's table for a weight with this fan_in: {kind: `Rule`} (TP5, Table 8; μLO)."""
+    """The table for a weight with this fan_in: {kind: `Rule`} (TP5, Table 8; μLO)."""
     p, σ = parametrization, 1 / math.sqrt(fan_in)
     if not p.is_mup:
         return dict(input=Rule(σ, 1.0, 1.0), hidden=Rule(σ, 1.0, 1.0),
@@ -83,7 +83,7 @@ class Weight:
     constant: float | None = None
 
     def rule(self, parametrization: Parametrization) -> Rule:
-        """The row of μP's table for this weight."""
+        """This weight's row of `rules`."""
         return rules(parametrization, self.fan_in)[self.kind]
 
 
@@ -101,8 +101,8 @@ def norm(width: int) -> dict[str, Weight]:
 def init(weights: Tree, key: Array, parametrization: Parametrization) -> Tree:
     """Draw all weights of a network: a tree of `Weight`s → the same tree of float32 arrays.
 
-    Each is N(0, σ²) with the σ of `rules`. Matrices are cut at ±2σ and not rescaled: their standard
-    deviation is 0.88σ. Vectors are not cut, nor are weights with a std of their own.
+    Each is N(0, σ²) with its own std or the σ of `rules`. Matrices are cut at ±2σ and not rescaled:
+    their standard deviation is 0.88σ. Vectors are not cut, nor are weights with their own std.
     """
     declared, treedef = jax.tree.flatten(weights)
     cut = [w.kind != "vector" and w.std is None for w in declared]
@@ -144,10 +144,10 @@ def attention_scale(d_head: int, parametrization: Parametrization) -> float:
 
 
 def gradient_multiplier(weights: Tree, parametrization: Parametrization) -> float:
-    """Ours: the multiplier of a learned optimizer's gradients: width/base_width, or 1 if it is off.
+    """Ours: the multiplier of a learned optimizer's gradients: width/base_width; 1 if it is 0.
 
-    The width is the fan_in of the read-out. In μP gradients shrink as 1/width, and the absolute ε
-    of the features dominates small gradients (arXiv 2407.05872: Adam's ε does so, too).
+    The width is the largest fan_in of a read-out. In μP gradients shrink as 1/width, and the
+    absolute ε of the features dominates small gradients (arXiv 2407.05872: Adam's ε does so, too).
     """
     if not (parametrization.is_mup and parametrization.base_width):
         return 1.0
@@ -178,10 +178,10 @@ def infer(narrow: Tree, wide: Tree, stacked: dict[str, int] = {}, transposed=Fal
 
     narrow, wide: the params of one network at two widths, arrays or jax.ShapeDtypeStructs. An axis
     that differs is Θ(n). The last axis counts the outputs, the others the inputs; with transposed,
-    the first axis counts the outputs (PyTorch, Equinox). fan_in = fan_out identifies attention's
-    [W, heads, size] and [heads, size, W]. stacked: {name: n} if n leading axes of all tensors below
-    this name count layers (`lax.scan`). A vector filled with one number keeps it; other leaves than
-    floating-point tensors become None. Raises ValueError, in one line, for ambiguous shapes.
+    the first axis counts the outputs (PyTorch, Equinox). In attention's [n, heads, size] and
+    [heads, size, n] the outputs begin where fan_in = fan_out. stacked: {name: k} if k leading axes
+    of all tensors below this name count layers (`lax.scan`). A vector filled with one number keeps
+    it. `Weight`s stay; leaves of integers become None. Raises ValueError: ambiguous shapes.
     """
     def name_of(path: tuple) -> str:
         return jax.tree_util.keystr(path, simple=True, separator="/")

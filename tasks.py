@@ -57,7 +57,7 @@ class Task(NamedTuple):
     """An inner problem.
 
     forward(params, inputs) → (logits [..., V], {layer: pre-activations}). sample(key, split) →
-    (inputs, labels). held_out(split) → (test examples, how many at once, index → a batch of one).
+    (inputs, labels). held_out(split) → (count, count at once, index → a batch of one).
     """
     classes: int
     weights: Tree
@@ -109,7 +109,7 @@ def mlp(inputs: int, classes: int, width: int, depth: int,
     weights["logits"] = mup.matrix("output", width, classes)
 
     def forward(params, x):
-        x, pre_activations = x.reshape(x.shape[0], -1), {}  # (B, D)
+        x, pre_activations = x.reshape(x.shape[0], -1), {}  # flat
         for name in weights:
             x = mup.linear(weights[name], params[name], x, parametrization)  # (B, W), last (B, V)
             pre_activations[name] = x
@@ -171,7 +171,7 @@ def batch_at(task: Task, split: Split, key: Array, t: int | Array) -> tuple[Arra
 
 def train(task: Task, make_optimizer: Callable, split: Split, key: Array, steps: int,
           record: Callable = lambda params, loss: loss) -> tuple[Tree, Any]:
-    """Train a network: (params, record(params, loss) of each step). The caller jits it."""
+    """Train a network: (params, record(params, loss) of each step). Jit it."""
     optimizer = make_optimizer(steps)
 
     def train_step(carry, t):
@@ -226,11 +226,11 @@ def layer_norm(params: dict[str, Array], x: Array) -> Array:
 
 def transformer(embeddings: Tree, embed: Callable, classes: int, width: int, depth: int,
                 p: Parametrization, causal: bool, read_from: Any) -> tuple[Tree, Callable]:
-    """A pre-LayerNorm transformer with heads of size 32 or more, as (weights, forward).
+    """A pre-LayerNorm transformer with width//32 heads, or one, as (weights, forward).
     embed(params, inputs) → x [B, L, W]; embeddings: its weights. read_from: the tokens read out."""
     heads = max(1, width // 32)
     if width % heads:
-        raise InputError(f"--widths {width}: transformers take multiples of 32, and less than 64")
+        raise InputError(f"--widths {width}: transformers take multiples of 32, or any below 64")
     size = width // heads
     block_weights = {"norm_1": mup.norm(width),
                      "attention": {name: mup.matrix("hidden", width, width) for name in "qkvo"},
@@ -292,7 +292,7 @@ def vit_task(dataset: Dataset, width: int, depth: int, batch_size: int,
 
 def lm_task(dataset: Dataset, width: int, depth: int, batch_size: int,
             p: Parametrization = mup.MUP) -> Task:
-    """The task to predict the next token by a decoder-only transformer; 2,000 rows are tested."""
+    """The task to predict the next token by a decoder-only transformer; tests up to 2,000 rows."""
     length, vocabulary = dataset.train.inputs.shape[1], dataset.classes
     weights = {"tokens": Weight("input", (vocabulary, width), 1, std=vocabulary ** -0.5),
                "positions": Weight("input", (length, width), 1, std=0.02)}
@@ -302,7 +302,7 @@ def lm_task(dataset: Dataset, width: int, depth: int, batch_size: int,
         return (c * params["tokens"])[tokens] + c * params["positions"]  # (B, L, W)
 
     def windows(split, row, offset):
-        at = offset[:, None] + jnp.arange(length + 1)  # (B, L + 1), from the first token of the row
+        at = offset[:, None] + jnp.arange(length + 1)  # (B, L + 1), counted from the row's start
         tokens = split.inputs[row[:, None] + at // length, at % length].astype(jnp.int32)
         return tokens[:, :-1], tokens[:, 1:]
 
@@ -329,7 +329,7 @@ CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 
 
 def make_synthetic(size: int) -> Parts:
-    """60,000 images of an object in clutter, and their 10 classes.
+    """60,000 images in 10 classes, each of an object in clutter.
 
     Both are random fields with amplitude f^−1.2 at f cycles an image. A class has four objects. An
     image is one of them, shifted by N(0, 0.7²) of 8 pixels, with a log-normal contrast, in clutter.
@@ -341,7 +341,7 @@ def make_synthetic(size: int) -> Parts:
     fx = np.fft.fftfreq(size, 1 / size).astype(np.float32)
     fy = fx[:, None]
     amplitude = np.maximum(np.hypot(fy, fx), 1.0) ** -1.2
-    amplitude /= np.sqrt(np.mean(amplitude ** 2))  # then a field's pixels have variance 1
+    amplitude /= np.sqrt(np.mean(amplitude ** 2))  # this keeps the variance
     fx, amplitude = fx[:size // 2 + 1], amplitude[:, :size // 2 + 1].astype(np.float32)
     to_rgb = np.array([[1, 1, 1], [0.4, 0, -0.4], [0.2, -0.4, 0.2]], np.float32)
 
@@ -405,7 +405,7 @@ DATASETS = ("synthetic", *IMAGES, "text", "tokens")
 
 
 def load_images(name: str, path: Path, image_size: int | None) -> Dataset:
-    """A data set of images, read, checked, shrunk to image_size, on the device."""
+    """Read, check and shrink images to image_size, and put them on the device."""
     read, classes = IMAGES.get(name, (None, 10))
     inside = path / ("cifar-10-batches-bin" if name == "cifar10" else name)
     folder = inside if inside.is_dir() else path
@@ -416,7 +416,7 @@ def load_images(name: str, path: Path, image_size: int | None) -> Dataset:
             raise InputError(f"--image-size {size}: does not divide the {side} pixels of {name}")
         good = labels.size and set(labels) <= {*range(classes)}
         if images.ndim != 4 or labels.shape != images.shape[:1] or not good:
-            raise InputError(f"{folder}: damaged: not each image has a label below {classes}")
+            raise InputError(f"{folder}: damaged: an image without a label below {classes}")
         if side != size:
             blocks = images.reshape(len(images), size, side // size, size, side // size, -1)
             images = np.rint(blocks.mean((2, 4), dtype=np.float32)).astype(np.uint8)
@@ -472,7 +472,7 @@ def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
 
 
 def load_tokens(name: str, path: Path, vocab_size: int, length: int) -> Dataset:
-    """Rows of this length of text or tokens; without val.bin the last tenth is held out."""
+    """Text or tokens in rows of this length; without val.bin the last tenth is held out."""
     with reading(path):
         if name == "text":
             files = sorted(path.glob("[!.]*")) if path.is_dir() else [path]
@@ -501,7 +501,7 @@ def load_dataset(name: str, data_dir: str | os.PathLike = "data", image_size: in
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """A checksum of a data set, so that resuming on other data fails."""
+    """A checksum of a data set's head, so that resuming on other data fails."""
     digest = hashlib.sha256()
     for x in jax.tree.leaves((dataset.train, dataset.test)):
         head = x[:(1 << 26) // max(1, math.prod(x.shape[1:]))]
@@ -534,7 +534,7 @@ SHARE, SCALE = numbers(float, 0, 1), numbers(float, 1e-18, 1e18)
 
 
 class CommandLine(argparse.ArgumentParser):
-    """A parser with flags and errors of one line."""
+    """A parser whose errors are one line."""
 
     def __init__(self, name: str, doc: str):
         layout = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=30)
@@ -546,7 +546,7 @@ class CommandLine(argparse.ArgumentParser):
         raise InputError(message)
 
     def flag(self, name: str, kind: Any, default: Any, help: str, **more: Any) -> None:
-        """Add a flag. kind: a type, bool for a switch, a tuple for choices. A list takes many."""
+        """Add a flag. kind: a type, bool: a switch, a tuple: choices. List default: many."""
         if kind is bool:
             more["action"] = "store_true"
         elif isinstance(kind, tuple):
@@ -574,7 +574,7 @@ def add_task_flags(parser: CommandLine) -> None:
     flag("--batch-size", COUNT, 64, "inner batch size")
     flag("--matmul-precision", ("highest", "TF32_TF32_F32_X3", "tensorfloat32", "bfloat16"),
          "highest", "of products on a GPU; highest is float32")
-    flag("--seed", SEED, 0, "decides everything that is random")
+    flag("--seed", SEED, 0, "of all draws but synthetic data")
 
 
 def load_data(args: argparse.Namespace) -> Dataset:
@@ -615,7 +615,7 @@ def on_signals(numbers: Sequence[int], react: Callable) -> Iterator[None]:
 
 def leave(code: int, message: str) -> None:
     """End this process at once, while XLA may still compute."""
-    with contextlib.suppress(OSError):  # nobody may read them any more
+    with contextlib.suppress(OSError):  # they may be closed
         print(message, file=sys.stderr, flush=True)
         sys.stdout.flush()
     os._exit(code)
@@ -646,7 +646,7 @@ def command(run: Callable, name: str, argv: Sequence[str] | None = None) -> int:
 
 
 def set_up(args: argparse.Namespace, divides: int = 0) -> None:
-    """Set the precision of matrix products, and make a device of each core of a CPU."""
+    """Set the precision of matrix products, and make CPU devices: as many as cores, or fewer."""
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         count = max(d for d in range(1, cores + 1) if divides % d == 0)

@@ -224,7 +224,7 @@ def test_figure(monkeypatch):
 
 @pytest.mark.parametrize("words, message", [
     ("", "nothing to evaluate"), ("--theta absent.npz", "absent.npz: cannot be read"),
-    ("--theta mulo_m.npz ./mulo_m.npz", "two have the same name"),
+    ("--theta mulo_m.npz ./mulo_m.npz", "same name"),
     ("--baselines sgd", "invalid choice: 'sgd'"), ("--baselines adamw --steps 0", "--steps: 0 is"),
     ("--baselines adamw --sweep coordinate-check --widths 8", "--widths: a coordinate check needs"),
     ("--baselines adamw --task vit --patch 3", "--patch 3: does not divide the image size 4"),

@@ -321,6 +321,16 @@ def test_multipliers_may_be_a_number_a_prefix_more_or_boxed(multipliers, expecte
         close(jax.tree.leaves(found), [np.full_like(p, -c) for p, c in leaves])
 
 
+@pytest.mark.parametrize("make", [velo, learned])
+def test_the_state_is_four_trees_like_the_params(make):
+    """Flax NNX boxes each leaf of a tree, and unpacks a tuple in a box."""
+    params, (init, update) = {"a": Boxed(np.ones((3, 2))), "b": [Boxed(np.ones((2, 2)))]}, make()
+    state = quick_jit(lambda: update(params, init(params), params)[1])()
+    for tree in state.averages:
+        assert jax.tree.structure(tree) == jax.tree.structure(params)
+    assert state.averages.m["a"].value.shape == (3, 3, 2)
+
+
 def test_optax_takes_them():
     """`masked` and `multi_transform` leave params out. Arguments of others are passed on."""
     optax = pytest.importorskip("optax")
