@@ -1,4 +1,4 @@
-# Remakes every θ, table and figure of results/. Run it in the repository root, or paste one line.
+# Remakes the θ (but for two VeLOs), tables and figures of results/. Run it in the repository root, or paste a line.
 #
 # Needed: requirements.txt and matplotlib; CIFAR-10 in data/ (add --download to the first line to
 # fetch it) and, for the language model, data/tinyshakespeare.txt (github.com/karpathy/char-rnn,

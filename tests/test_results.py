@@ -25,6 +25,7 @@ META_TRAIN = {re.search(r"--out runs/(\w+)", flags)[1]: shlex.split(flags)
               for program, flags in COMMANDS if program == "meta_train"}
 EVALUATE = [shlex.split(flags) for program, flags in COMMANDS if program == "evaluate"]
 CSVS = {path.stem: list(csv.DictReader(path.open())) for path in RESULTS.glob("*.csv")}
+LAPTOP = CSVS.pop("mulo_laptop")  # the losses that the first command prints
 THETA = {path.stem: lopt.load(path) for path in sorted(RESULTS.glob("*.npz"))}
 NAMES = {"AdamW": "adamw", "AdamW, cosine": "adamw_cosine", "μAdam": "muadam"}
 for name, file, seed_1 in re.findall(r"\n\| (.+?) \| `(\w+).npz`(?:, seed 1: `(\w+))?", PAGE):
@@ -87,6 +88,21 @@ def test_numbers_are_those_of_the_csvs():
     prose = " ".join(re.findall(r"(?m)^[^|\n].*", MEASURED))
     assert set(re.findall(r"\d\.\d{3}", prose)) <= {shown for shown, *_ in cells}
     assert {name for *_, names in cells for name in names} == set(CSVS)
+
+
+def test_the_readme_shows_what_the_first_command_printed():
+    columns = ["width", "theta", "tuned_at_32", "tuned_here", "at_0.001"]
+    now, before = ([row for row in LAPTOP if (row["commit"] == "68d7a60") == old] for old in (0, 1))
+    shown = re.search(r"\n    width .*\n(.*)\n(.*)\n", FRONT).groups()
+    assert [[x for x in line.split() if x[0] != "("] for line in shown] == [
+        [row[column] for column in columns] for row in now if row["seed"] == "0"]
+    spread = [f(float(row["theta"]) for row in now if row["width"] == width)
+              for width in ("32", "512") for f in (min, max)]
+    sentence = re.search(r"over three seeds[^`]*", FRONT)[0]
+    adamw = float(now[5]["tuned_at_32"])
+    assert [f"{x:.2f}" for x in (*spread, adamw)] == re.findall(r"\d\.\d+", sentence)
+    assert [row["theta"] for row in before] == re.findall(
+        r"\d\.\d+", re.search(r"`--base-width 32`.*", FRONT)[0])
 
 
 @pytest.mark.parametrize("name", THETA)
