@@ -622,9 +622,10 @@ def in_one_kernel(features_of: Callable, learned: Learned, s: Statistics,
 
     shape = s.g.shape
     s = jax.tree.map(lambda x: as_matrices(x, shape), s)
-    theta, made = learned.theta, flat(features_of(s))
+    theta, table = learned.theta, features_of(s)
+    made = flat(table)
     own = [i for i, f in enumerate(made) if f.shape == s.g.shape]
-    blocks = [[f.ravel() for f in x if f.shape == s.g.shape] for x in features_of(s).values()]
+    blocks = [[f.ravel() for f in x if f.shape == s.g.shape] for x in table.values()]
     mean_squares = jnp.concatenate([jnp.mean(jnp.stack(x) ** 2, axis=1) for x in blocks if x])
     w0 = theta["w0"][np.array(own)] * rms_scale(mean_squares)[:, None]  # [len(own), H]
     last = sum(name[0] == "w" for name in theta) - 1
@@ -773,9 +774,10 @@ def mix_bank(theta: dict[str, Array], controls: Array) -> dict[str, Array]:
 
 def velo_features(s: Statistics) -> dict[str, list[Array]]:
     """The features of VeLO's MLPs: 30 in 14 blocks, numbered as in θ's w0__0 … w0__13."""
-    g, _, m, v, r, _, rho, _ = s
-    rsqrt_v = lax.rsqrt(v + 1e-6)
-    ours = features(s) | {"g clipped": [jnp.clip(g, -0.1, 0.1)], "g rsqrt(v+1e-6)": [g * rsqrt_v]}
+    g, _, m, _, r, _, rho, _ = s
+    ours = features(s)
+    rsqrt_v, = ours["rsqrt(v+1e-6)"]
+    ours |= {"g clipped": [jnp.clip(g, -0.1, 0.1)], "g rsqrt(v+1e-6)": [g * rsqrt_v]}
     if rho is None:
         ours["m ρκ"] = each(lambda m, r: m * lax.rsqrt(r), m, r)
     names = ("g", "g clipped", "p", "m", "v", "m rsqrt(v+1e-6)", "rsqrt(v+1e-6)", "g ρκ",

@@ -147,7 +147,7 @@ def meta_train(args: argparse.Namespace, inner_tasks: Sequence[tasks.Task],
     while run.goes_on(args.meta_steps):
         state, metrics = meta_step(state, splits)
         run.record(metrics)
-        if len(run.rows) % args.checkpoint_every == 0:
+        if len(run.rows) % args.checkpoint_every == 0 and len(run.rows) < args.meta_steps:
             run.save(state, learned)
     run.save(state, learned)
     return with_theta(learned, jax.device_get(state.theta))

@@ -326,8 +326,8 @@ def test_the_state_is_four_trees_like_the_params(make):
     """Flax NNX boxes each leaf of a tree, and unpacks a tuple in a box."""
     params, (init, update) = {"a": Boxed(np.ones((3, 2))), "b": [Boxed(np.ones((2, 2)))]}, make()
     state = quick_jit(lambda: update(params, init(params), params)[1])()
-    for tree in state.averages:
-        assert jax.tree.structure(tree) == jax.tree.structure(params)
+    for average in state.averages:
+        assert jax.tree.structure(average) == jax.tree.structure(params)
     assert state.averages.m["a"].value.shape == (3, 3, 2)
 
 
