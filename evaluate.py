@@ -62,8 +62,8 @@ class Contender(NamedTuple):
     """An optimizer in its parametrization.
 
     make(task, hyper, num_steps) → the optimizer of a run. start: where tuning begins. factors:
-    {field of `Hyper`: ratio of neighbours on its grid}, in tuning order; multipliers among them
-    multiply the parametrization's own. identity: the name, with the checksum of a θ.
+    {field of `Hyper`: ratio of neighbours on its grid}, in tuning order; a multiplier there scales
+    that of the parametrization. identity: the name and a θ's checksum. widths: of meta-training.
     """
     name: str
     parametrization: mup.Parametrization
@@ -74,7 +74,7 @@ class Contender(NamedTuple):
     widths: Sequence[int] = ()
 
     def on(self, task_in: Callable, hyper: Hyper) -> tuple[tasks.Task, Callable]:
-        """(task_in(the contender's parametrization), make_optimizer(num_steps))."""
+        """(The task with hyper's multipliers, function: num_steps → the optimizer)."""
         own = self.parametrization
         task = task_in(own._replace(**{field: getattr(own, field) * getattr(hyper, field)
                                        for field in self.factors if field in own._fields}))
@@ -89,12 +89,12 @@ def adam(task: tasks.Task, hyper: Hyper, num_steps: int, cosine: bool = False) -
     return lopt.adamw(rate, weight_decay=hyper.weight_decay, update_multipliers=multipliers)
 
 
-# μAdam multiplies hidden updates by hidden_lr_mult/fan_in: good values are about a width.
 WITH_DECAY = dict(start=Hyper(1e-3, 0.1), factors={"learning_rate": 2.0, "weight_decay": 4.0})
 BASELINES = {contender.name: contender for contender in (
     Contender("adamw", mup.SP, adam, factors={"learning_rate": 2.0}),
     Contender("adamw_decay", mup.SP, adam, **WITH_DECAY),
     Contender("adamw_cosine", mup.SP, partial(adam, cosine=True), **WITH_DECAY),
+    # a large hidden_lr_mult makes up for μP's 1/fan_in
     Contender("muadam", mup.MUP, adam, start=Hyper(8e-3, 0.0, 1.0, 16.0, 16.0),
               factors={"learning_rate": 2.0, "hidden_lr_mult": 4.0, "output_mult": 4.0,
                        "input_mult": 2.0}))}
@@ -126,13 +126,13 @@ def hyperparameters(contender: Contender, how: str, sizes: Sequence[Size],
     """For each size in turn, {how they were tuned: the hyperparameters to compare there}.
 
     transfer: tuned at the first size and then kept, as μP intends. per-width: learning rate and
-    weight decay are tuned again at each further size. both: both ways. none, -: not tuned.
+    weight decay are tuned again at each further size. both: both ways. none: not tuned.
     """
     first = latest = None
     again = {field: factor for field, factor in contender.factors.items()
              if field in ("learning_rate", "weight_decay")}
     if how != "none" and not again:
-        how = "transfer"
+        how = "transfer"  # multipliers alone: nothing is tuned again
     for size in sizes:
         loss_of = partial(loss_at, size)
         if how == "none" or not contender.factors:
@@ -176,7 +176,7 @@ def sweep(args: argparse.Namespace, dataset: tasks.Dataset, contender: Contender
     def marks(size):  # after 1, 10, … and all steps
         return sorted({size.steps, *(10**i for i in range(len(str(size.steps))))})
 
-    @functools.lru_cache(maxsize=2)  # those of one size
+    @functools.lru_cache(maxsize=2)  # of one size: to tune, to measure
     def program(function, size, seeds):
         return over_seeds(partial(function, size), seeds)
 
@@ -243,7 +243,7 @@ def summary(losses: np.ndarray, tests: Sequence[np.ndarray], max_loss: float) ->
 
 
 def check_rows(layers: dict[str, tuple[np.ndarray, np.ndarray]], marks: Sequence[int]) -> list[Row]:
-    """The rows of a coordinate check: root mean squares (RMS) over squares [seeds, marks]."""
+    """Rows of a coordinate check. layers: {layer: mean squares (of values, of changes)}."""
     rows = []
     for layer, squares in layers.items():
         rms, change = (np.sqrt(np.mean(np.asarray(x), axis=0)) for x in squares)  # [marks]

@@ -83,9 +83,9 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
 class Averages(NamedTuple):
     """The decaying averages of one tensor, all 0 at first, without bias correction.
 
-    m [3, S]: of the gradient. v [S]: of its square. r [3, S]: of the square's mean over the largest
-    axis, which keeps length 1. c [3, S]: over the second largest. For vectors and scalars r is of
-    the square itself, and c is None.
+    m [3, S]: of g. v [S]: of g². r [3, S]: of the mean of g² over the largest axis (there S has
+    length 1). c [3, S]: over the second largest axis. For vectors and scalars r is of g² itself,
+    and c is None.
     """
     m: Array
     v: Array
@@ -94,7 +94,7 @@ class Averages(NamedTuple):
 
 
 def trained_decays(theta: dict[str, Array]) -> tuple[Array, Array, Array]:
-    """The decays of m, v and r, c: β = 1 − exp(10·(ln(1−β₀)/10 + offset)); v, r, c in [0, 1]."""
+    """β = 1 − exp(10·(ln(1−β₀)/10 + offset)): of m; of v, clipped; of r and c, clipped."""
     def decays(betas: tuple[float, ...], offset: Array) -> Array:
         return 1.0 - jnp.exp(10.0 * (np.log(1.0 - np.asarray(betas, np.float32)) / 10.0 + offset))
 
@@ -173,7 +173,7 @@ def features(s: Statistics) -> dict[str, list[Array]]:
 
     To change the learned optimizer, add, change or drop a line: all other code follows this table.
     Compute means over the tensor in `statistics`: the fast paths take a few weights at a time. They
-    also reshape: test `rho is None` to detect vectors, not `g.ndim`. VeLO takes blocks by name.
+    also reshape: test `rho is None` to detect vectors, not `g.ndim`. VeLO needs these names.
     """
     g, p, m, v, r, c, rho, kappa = s
     if rho is None:
@@ -376,8 +376,8 @@ def learned_optimizer(learned: Learned, update_multipliers: Tree = 1.0,
     updates; VeLO needs it. Raises ValueError.
 
     Ours: gradient_multiplier (`mup.gradient_multiplier`) multiplies all gradients. Each update also
-    takes away the share learned.decay of the params. learned.horizon gives a run of num_steps
-    the pace horizon/num_steps: the features see pace · t, and updates are multiplied by √pace.
+    takes away the share learned.decay of the params. With learned.horizon,
+    pace = horizon/num_steps: the features see pace · t, and updates are multiplied by √pace.
     """
     check_theta(learned)
     optimizer = (velo(learned, update_multipliers, num_steps) if learned.architecture == "velo"
@@ -501,6 +501,7 @@ def flat(table: dict[str, list[Array]]) -> list[Array]:
     return [feature for block in table.values() for feature in block]
 
 
+@functools.cache
 def block_sizes(features_of: Callable) -> list[int]:
     """How many features each block of a table has."""
     one = jnp.zeros((1, 1))
@@ -538,7 +539,7 @@ def fast_update(features_of: Callable, learned: Learned, s: Statistics) -> Array
     return (in_one_kernel if in_kernel else in_chunks)(features_of, learned, s)
 
 
-# Weights in the MLP at once: the activations of a pair's two runs fit a CPU's L2 cache.
+# Weights in a chunk: the activations of two chunks (a pair's in PES) fit a CPU's L2 cache.
 CHUNK = {"cpu": 2048, "gpu": 2**18}
 
 
@@ -600,8 +601,8 @@ def in_chunks(features_of: Callable, learned: Learned, s: Statistics) -> Array:
 
 def hidden_of_others(learned: Learned, made: list[Array],
                      s: Statistics) -> tuple[Array | None, Array]:
-    """The first layer's parts: from row features [H, others, rows, 1], or None; and from the bias
-    and column features [H, others, 1, columns]."""
+    """Two parts of the first layer's pre-activations: of row features [H, others, rows, 1], or
+    None; of the bias and the other constant features [H, others, 1, columns]."""
     of_rows, of_all = None, learned.theta["b0"].reshape(-1, *(1,) * s.g.ndim)
     for shape in sorted({f.shape for f in made} - {s.g.shape}):
         here = np.array([i for i, f in enumerate(made) if f.shape == shape])
@@ -641,7 +642,7 @@ def in_one_kernel(features_of: Callable, learned: Learned, s: Statistics,
     arrays, structure = jax.tree.flatten((s, of_others, padded(w0, 1), layers, outputs))
     n = 128  # weights in each program of the kernel
 
-    def kernel(*refs):  # of the arrays, all flat, and of the update
+    def kernel(*refs):  # refs: the flat arrays, then the update
         *refs, out = refs
         which = program_id(0) * n + jnp.arange(n)
         there = which < s.g.size  # the last program has fewer
@@ -861,7 +862,7 @@ def velo_shapes(units: int, bank: int) -> dict[str, tuple[int, ...]]:
 
 
 def write_atomically(path: str | os.PathLike, write: Callable) -> None:
-    """Write a file so that it appears whole or not at all: write(open file)."""
+    """Write a file by write(file). It appears whole or not at all."""
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     try:
@@ -977,7 +978,7 @@ def read_safetensors(content: bytes) -> dict[str, np.ndarray]:
             .reshape(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
 
 
-# Objects by their first byte from 0xc4 on: (kind, `struct` code of the value or length behind).
+# Objects by their first byte from 0xc4 on: (kind, `struct` code of the value or length after it).
 MSGPACK = [(kind, code) for kind, codes in (
     ("bytes", "BHI"), ("array", "BHI"), ("number", "fdBHIQbhiq"), ("array", "-----"),
     ("text", "BHI"), ("list", "HI"), ("map", "HI")) for code in codes]

@@ -32,7 +32,7 @@ Tree = Any  # a pytree
 
 
 class Parametrization(NamedTuple):
-    """"mup" or "sp", and the multipliers that μP leaves free. base_width: ours, 0 for none."""
+    """name: mup or sp. *_mult: what μP leaves free. base_width: see `gradient_multiplier`."""
     name: str = "mup"
     input_mult: float | Array = 1.0
     output_mult: float | Array = 1.0
@@ -144,7 +144,7 @@ def attention_scale(d_head: int, parametrization: Parametrization) -> float:
 
 
 def gradient_multiplier(weights: Tree, parametrization: Parametrization) -> float:
-    """Ours: the multiplier of a learned optimizer's gradients: width/base_width; 1 if it is 0.
+    """Ours: learned optimizers see gradients · width/base_width in μP. With base_width 0: · 1.
 
     The width is the largest fan_in of a read-out. In μP gradients shrink as 1/width, and the
     absolute ε of the features dominates small gradients (arXiv 2407.05872: Adam's ε does so, too).
@@ -178,10 +178,10 @@ def infer(narrow: Tree, wide: Tree, stacked: dict[str, int] = {}, transposed=Fal
 
     narrow, wide: the params of one network at two widths, arrays or jax.ShapeDtypeStructs. An axis
     that differs is Θ(n). The last axis counts the outputs, the others the inputs; with transposed,
-    the first axis counts the outputs (PyTorch, Equinox). In attention's [n, heads, size] and
-    [heads, size, n] the outputs begin where fan_in = fan_out. stacked: {name: k} if k leading axes
-    of all tensors below this name count layers (`lax.scan`). A vector filled with one number keeps
-    it. `Weight`s stay; leaves of integers become None. Raises ValueError: ambiguous shapes.
+    the first axis counts the outputs (PyTorch, Equinox: put `Weight`s for embeddings). Attention's
+    [n, heads, size] and [heads, size, n] are split where fan_in = fan_out. stacked: {name: k}: all
+    tensors below this name have k leading axes of layers. A vector filled with one number keeps it.
+    `Weight`s stay; leaves of integers become None. Raises ValueError: ambiguous shapes.
     """
     def name_of(path: tuple) -> str:
         return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -57,7 +57,7 @@ class Task(NamedTuple):
     """An inner problem.
 
     forward(params, inputs) → (logits [..., V], {layer: pre-activations}). sample(key, split) →
-    (inputs, labels). held_out(split) → (count, count at once, index → a batch of one).
+    (inputs, labels). held_out(split) → (examples, examples at once, function: index → one batch).
     """
     classes: int
     weights: Tree
@@ -191,7 +191,7 @@ def final_loss(losses: np.ndarray) -> np.ndarray:
 
 def coordinate_check(task: Task, make_optimizer: Callable, split: Split, key: Array,
                      steps: int) -> dict[str, tuple[Array, Array]]:
-    """TP5's coordinate check of the run of `train` with this key, on its first batch.
+    """TP5's coordinate check: pre-activations of the first batch, while `train` runs.
 
     Returns {layer: (mean square of its pre-activations, mean square of their change since
     initialisation)} after each step, each [steps]. In μP the change does not depend on the width.
@@ -230,7 +230,7 @@ def transformer(embeddings: Tree, embed: Callable, classes: int, width: int, dep
     embed(params, inputs) → x [B, L, W]; embeddings: its weights. read_from: the tokens read out."""
     heads = max(1, width // 32)
     if width % heads:
-        raise InputError(f"--widths {width}: transformers take multiples of 32, or any below 64")
+        raise InputError(f"--widths {width}: no multiple of its {heads} heads (width//32)")
     size = width // heads
     block_weights = {"norm_1": mup.norm(width),
                      "attention": {name: mup.matrix("hidden", width, width) for name in "qkvo"},
@@ -274,10 +274,10 @@ def vit_task(dataset: Dataset, width: int, depth: int, batch_size: int,
     _, image_size, _, channels = dataset.train.inputs.shape
     if image_size % patch:
         raise InputError(f"--patch {patch}: does not divide the image size {image_size}")
-    side, c = image_size // patch, mup.rules(p, 1)["input"].forward  # L = 1 + side²
+    side, c = image_size // patch, mup.rules(p, 1)["input"].forward
     weights = {"patch": mup.matrix("input", patch * patch * channels, width),
                "class_token": Weight("input", (width,), 1, constant=0.0),
-               "positions": Weight("input", (1 + side * side, width), 1, std=0.02)}
+               "positions": Weight("input", (1 + side * side, width), 1, std=0.02)}  # L = 1 + side²
 
     def embed(params, images):
         x = images.reshape(-1, side, patch, side, patch, channels).transpose(0, 1, 3, 2, 4, 5)
@@ -332,7 +332,7 @@ def make_synthetic(size: int) -> Parts:
     """60,000 images in 10 classes, each of an object in clutter.
 
     Both are random fields with amplitude f^−1.2 at f cycles an image. A class has four objects. An
-    image is one of them, shifted by N(0, 0.7²) of 8 pixels, with a log-normal contrast, in clutter.
+    image is one of them, shifted by N(0, 0.7²) eighths of a side, in clutter of random contrast.
     """
     if size % 8 or size > 64:
         raise InputError(f"--image-size {size}: the synthetic data take a multiple of 8 up to 64")
@@ -377,7 +377,7 @@ def read_cifar10(folder: Path) -> Parts:
 def read_idx(folder: Path) -> Parts:
     """MNIST and Fashion-MNIST: four IDX files, plain or .gz."""
     def array(name):
-        path = next(iter(sorted(folder.glob(f"{name}?idx*"))), folder / f"{name}-idx-ubyte")
+        path = next(iter(sorted(folder.glob(f"{name}?idx*"))), folder / f"{name}-idx*-ubyte")
         with reading(path):
             content = path.read_bytes()
             content = gzip.decompress(content) if path.suffix == ".gz" else content
@@ -467,7 +467,7 @@ def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
     for i in range(0, len(tokens), 1 << 24):
         low, high = (f(tokens[i:i + (1 << 24)]) for f in (np.min, np.max))
         if low < 0 or high >= vocab_size or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise ValueError(f"its ids are {low} to {high}, not below --vocab-size {vocab_size}")
+            raise ValueError(f"{low} to {high}: no list of ids below --vocab-size {vocab_size}")
     return tokens
 
 
@@ -546,7 +546,7 @@ class CommandLine(argparse.ArgumentParser):
         raise InputError(message)
 
     def flag(self, name: str, kind: Any, default: Any, help: str, **more: Any) -> None:
-        """Add a flag. kind: a type, bool: a switch, a tuple: choices. List default: many."""
+        """Add a flag. kind: a type, bool (a switch) or a tuple of choices."""
         if kind is bool:
             more["action"] = "store_true"
         elif isinstance(kind, tuple):
@@ -565,7 +565,7 @@ def add_task_flags(parser: CommandLine) -> None:
     flag("--dataset", DATASETS, "synthetic", "their data; synthetic needs no files")
     flag("--data-dir", str, "data", "folder of data, or file of text or tokens", metavar="DIR")
     flag("--download", bool, False, "fetch CIFAR-10 into --data-dir first")
-    flag("--image-size", COUNT, None, "shrink images to N×N; make synthetic ones so")
+    flag("--image-size", COUNT, None, "shrink images, or make synthetic ones, N×N")
     flag("--vocab-size", COUNT_OR_0, 0, "number of token ids")
     flag("--sequence-length", COUNT, 64, "tokens of a sequence")
     flag("--widths", COUNT, [32], "widths of the inner networks")
@@ -623,7 +623,7 @@ def leave(code: int, message: str) -> None:
 
 def command(run: Callable, name: str, argv: Sequence[str] | None = None) -> int:
     """Run a command line: its exit code. What the user can mend is one line on stderr."""
-    with contextlib.suppress(AttributeError):  # a notebook's streams cannot
+    with contextlib.suppress(AttributeError):  # a notebook's streams lack it
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="replace")  # shows ? for θ in ASCII
     try:
@@ -646,7 +646,7 @@ def command(run: Callable, name: str, argv: Sequence[str] | None = None) -> int:
 
 
 def set_up(args: argparse.Namespace, divides: int = 0) -> None:
-    """Set the precision of matrix products, and make CPU devices: as many as cores, or fewer."""
+    """Set the precision of matrix products. Make CPU devices: at most one a core, and a divisor."""
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         count = max(d for d in range(1, cores + 1) if divides % d == 0)
