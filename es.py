@@ -31,12 +31,12 @@ from tasks import inner_step
 
 
 class PES(NamedTuple):
-    """sigma: σ of the perturbations. truncation: K. max_offset: see `new_pair`; None: K."""
+    """sigma: σ of the perturbations. truncation: K. max_offset: see `new_pair`."""
     sigma: float = 0.01
     truncation: int = 50
     min_length: int = 100
     max_length: int = 1000
-    max_offset: int | None = None
+    max_offset: int = 50
 
 
 class Inner(NamedTuple):
@@ -142,8 +142,7 @@ def new_pair(inner: Inner, pes: PES, key: Array, theta: Array) -> Pair:
     """A pair in its first run. run_step begins at a random offset below max_offset, so that the
     pairs do not reset in lockstep."""
     time = jnp.int32(-1)  # before the first step, so that no later draw repeats these
-    max_offset = pes.truncation if pes.max_offset is None else pes.max_offset
-    offset = jax.random.randint(draw_key(key, "offset", time), (), 0, max_offset)
+    offset = jax.random.randint(draw_key(key, "offset", time), (), 0, pes.max_offset)
     return new_run(inner, pes, key, jnp.stack([theta, theta]), time)._replace(run_step=offset)
 
 
@@ -212,7 +211,7 @@ def over_pairs(function: Callable, mesh: Mesh | None = None) -> Callable:
 def influence_balancing() -> Inner:
     """PES's example (Section 5): x ← A x + θ·(10 times +1, 13 times −1), loss ½(x₁ − 1)².
 
-    θ raises x₁ at once, and lowers it by more some twenty steps later.
+    θ first raises x₁. Twenty steps later it lowers x₁ by more. The optimizer makes these steps.
     """
     v, a = jnp.asarray([1.0] * 10 + [-1.0] * 13), 0.5 * (jnp.eye(23) + jnp.eye(23, k=1))
     task = SimpleNamespace(init=lambda key: jnp.ones(23), sample=lambda key, split: (),
@@ -223,8 +222,8 @@ def influence_balancing() -> Inner:
 
 def estimates(inner: Inner, pes: PES, theta: Array, keys: Array, truncations: int,
               persistent: bool = True, skip: int = 0) -> tuple[Array, Array]:
-    """Each pair's mean (estimate [N, P], loss [N]) after the first `skip` truncations. Without
-    persistent, ξ is set to 0 after each truncation: this is truncated ES."""
+    """Each pair's (estimate [N, P], loss [N]), means over all truncations but the first `skip`.
+    Without persistent, ξ is set to 0 after each truncation: this is truncated ES."""
     def one_pair(key):
         def meta_step(pair, step):
             values, pair = unroll_pair(inner, pes, key, pair, theta, None, step)

@@ -10,8 +10,8 @@ estimates the meta-gradient by Persistent Evolution Strategies (PES, es.py), and
 AdamW on θ.
 
 OUT/ holds theta.npz, metrics.csv and the last two checkpoints. An interrupted run resumes to the
-same bits, on any number of processes; on a GPU this needs XLA_FLAGS=--xla_gpu_autotune_level=0,
-because XLA chooses kernels by timing them.
+same bits, also on another number of processes. On a GPU set XLA_FLAGS=--xla_gpu_autotune_level=0
+for this: XLA chooses kernels by timing them.
 
 Sources: μLO (arXiv 2406.00153) for the settings, PES (arXiv 2112.13835).
 
@@ -45,8 +45,8 @@ import tasks
 from lopt import Array, InputError, reading
 from tasks import COUNT, COUNT_OR_0, SCALE, SHARE
 
-PAPER = dict(dataset="imagenet32", batch_size=4096, meta_steps=5000, output_mult=1.0,
-             hidden_lr_mult=1.0, step_mult=0.01)
+PAPER = dict(dataset="imagenet32", batch_size=4096, pairs=8, min_length=100, max_offset=50,
+             meta_steps=5000, output_mult=1.0, hidden_lr_mult=1.0, step_mult=0.01)
 PRESETS = {"laptop": {}, "paper-s": PAPER | {"widths": [128]},
            "paper-m": PAPER | {"widths": [128, 512, 1024]}}
 
@@ -166,24 +166,24 @@ def make_parser() -> tasks.CommandLine:
     flag("--input-mult", SCALE, 1.0, "μP's multiplier of input weights")
     flag("--output-mult", SCALE, 16.0, "μP's multiplier of logits; in the paper 1")
     flag("--hidden-lr-mult", SCALE, 16.0, "μP's multiplier of hidden updates; in the paper 1")
-    flag("--pairs", COUNT, 8, "antithetic pairs for each width")
+    flag("--pairs", COUNT, 4, "antithetic pairs for each width; in the paper 8")
     flag("--truncation", COUNT, 50, "inner steps of a meta-step")
     flag("--sigma", SCALE, 0.01, "standard deviation of the perturbations")
-    flag("--min-length", COUNT, 100, "shortest inner run, steps")
+    flag("--min-length", COUNT, 1000, "shortest inner run, steps; in the paper 100")
     flag("--max-length", COUNT, 1000, "longest inner run")
-    flag("--max-offset", COUNT, None, "first runs begin below this step (default: --truncation)")
+    flag("--max-offset", COUNT, 1000, "first runs begin below this step; in the paper 50")
     flag("--hidden", COUNT, [32, 32], "units of the hidden layers of the MLP with weights θ")
     flag("--step-mult", SCALE, 0.003, "scale of all updates; in the paper 0.01; SP: 0.001")
     flag("--exp-mult", SCALE, 0.001, "scale of the log-magnitudes")
     flag("--first-theta", str, None, "begin with the θ of this file", metavar="FILE")
-    flag("--meta-steps", COUNT, 800, "meta-steps of the run")
+    flag("--meta-steps", COUNT, 2000, "meta-steps of the run")
     flag("--learning-rate", SCALE, 3e-3, "of AdamW, after the warm-up")
     flag("--final-learning-rate", SCALE, 1e-3, "at the end of the cosine")
     flag("--warmup-steps", COUNT_OR_0, 100, "of the warm-up, in meta-steps")
     flag("--weight-decay", SHARE, 1e-4, "weight decay of θ")
-    flag("--base-width", COUNT_OR_0, 0, "ours: multiply gradients by width/N; 0: off")
+    flag("--base-width", COUNT_OR_0, 0, "ours: gradients × width/base width; 0: off")
     flag("--decay", SHARE, 0.0, "ours: inner weight decay per update")
-    flag("--horizon", COUNT_OR_0, 0, "ours: scale a run's time to N steps; 0: off")
+    flag("--horizon", COUNT_OR_0, 0, "ours: scale a run's time to so many steps; 0: off")
     flag("--start", ("random", "adam"), "random", "ours: adam: a θ that acts as Adam")
     flag("--out", str, None, "folder of the run (default: a new one in runs/)", metavar="DIR")
     flag("--resume", bool, False, "resume from the newest checkpoint in --out, if any")
@@ -212,7 +212,8 @@ def parse(argv: Sequence[str] | None,
         first = lopt.load(args.first_theta)
         p = first.parametrization._asdict()
         parser.set_defaults(parametrization=p.pop("name"), **p, step_mult=first.step_mult,
-                            exp_mult=first.exp_mult)
+                            exp_mult=first.exp_mult, decay=first.decay,
+                            horizon=first.horizon)
     args = parser.parse_args(argv)
 
     def need(good, name, why):
@@ -224,13 +225,13 @@ def parse(argv: Sequence[str] | None,
         need(same, name, f"was {x} in the run to resume")
     need(args.truncation <= args.min_length, "truncation", "exceeds --min-length")
     need(args.min_length <= args.max_length, "min_length", "exceeds --max-length")
-    need((args.max_offset or 0) <= args.min_length, "max_offset", "exceeds --min-length")
+    need(args.max_offset <= args.min_length, "max_offset", "exceeds --min-length")
     need(args.start == "random" or min(args.hidden) > 1, "start", "needs two --hidden units")
     return args, first
 
 
 def adam_start(theta: dict[str, Array]) -> dict[str, Array]:
-    """Ours: a random θ whose first two hidden units carry ± feature 6, m₁ rsqrt(v+1e-6), to d."""
+    """Ours: in each layer units 0 and 1 pass ± feature 6, m₁ rsqrt(v+1e-6), to the output d."""
     first, *middle, last = (name for name in theta if name.startswith("w"))
     ends = jnp.array([[1.0, 0.0], [-1.0, 0.0]])
     changed = {first: theta[first].at[:, :2].set(0.0).at[6, :2].set(ends[:, 0]),

@@ -9,23 +9,23 @@
 # depth-512, pre-activations.png the μLO_M and LO_M of pre-activations.
 
 # θ by the paper's rules: μLO_M, LO_M, μLO_S and LO_S
-python meta_train.py --dataset cifar10 --image-size 8 --widths 32 64 128 --pairs 4 --min-length 1000 --max-length 1000 --max-offset 1000 --meta-steps 2500 --out runs/mulo_m --resume
-python meta_train.py --dataset cifar10 --image-size 8 --widths 32 64 128 --pairs 4 --min-length 1000 --max-length 1000 --max-offset 1000 --meta-steps 2500 --seed 1 --out runs/mulo_m_1 --resume
-python meta_train.py --dataset cifar10 --image-size 8 --widths 32 64 128 --pairs 4 --min-length 1000 --max-length 1000 --max-offset 1000 --meta-steps 2500 --parametrization sp --out runs/lo_m --resume
-python meta_train.py --dataset cifar10 --image-size 8 --output-mult 1 --hidden-lr-mult 1 --step-mult 0.01 --meta-steps 2000 --out runs/mulo_s --resume
-python meta_train.py --dataset cifar10 --image-size 8 --parametrization sp --meta-steps 2000 --out runs/lo_s --resume
-python meta_train.py --dataset cifar10 --image-size 8 --batch-size 1024 --output-mult 1 --hidden-lr-mult 1 --step-mult 0.01 --meta-steps 2000 --out runs/mulo_s_1024 --resume
-python meta_train.py --dataset cifar10 --image-size 8 --batch-size 1024 --parametrization sp --meta-steps 2000 --out runs/lo_s_1024 --resume
+python meta_train.py --dataset cifar10 --image-size 8 --widths 32 64 128 --pairs 4 --meta-steps 2500 --out runs/mulo_m --resume
+python meta_train.py --dataset cifar10 --image-size 8 --widths 32 64 128 --pairs 4 --meta-steps 2500 --seed 1 --out runs/mulo_m_1 --resume
+python meta_train.py --dataset cifar10 --image-size 8 --widths 32 64 128 --pairs 4 --meta-steps 2500 --parametrization sp --out runs/lo_m --resume
+python meta_train.py --dataset cifar10 --image-size 8 --output-mult 1 --hidden-lr-mult 1 --step-mult 0.01 --meta-steps 2000 --pairs 8 --min-length 100 --max-offset 50 --out runs/mulo_s --resume
+python meta_train.py --dataset cifar10 --image-size 8 --parametrization sp --meta-steps 2000 --pairs 8 --min-length 100 --max-offset 50 --out runs/lo_s --resume
+python meta_train.py --dataset cifar10 --image-size 8 --batch-size 1024 --output-mult 1 --hidden-lr-mult 1 --step-mult 0.01 --meta-steps 2000 --pairs 8 --min-length 100 --max-offset 50 --out runs/mulo_s_1024 --resume
+python meta_train.py --dataset cifar10 --image-size 8 --batch-size 1024 --parametrization sp --meta-steps 2000 --pairs 8 --min-length 100 --max-offset 50 --out runs/lo_s_1024 --resume
 
 # θ of the README's first command
 python meta_train.py --out runs/mulo_laptop --resume
 
 # θ that are ours: base width 128; horizon; and the μLO that the VeLOs are compared with
-python meta_train.py --first-theta results/mulo_m.npz --base-width 128 --dataset cifar10 --image-size 8 --widths 32 64 128 --pairs 4 --min-length 1000 --max-length 1000 --max-offset 1000 --meta-steps 500 --learning-rate 5e-4 --final-learning-rate 1e-4 --warmup-steps 50 --out runs/mulo_m_128 --resume
-python meta_train.py --first-theta results/mulo_m_1.npz --base-width 128 --dataset cifar10 --image-size 8 --widths 32 64 128 --pairs 4 --min-length 1000 --max-length 1000 --max-offset 1000 --meta-steps 500 --learning-rate 5e-4 --final-learning-rate 1e-4 --warmup-steps 50 --seed 1 --out runs/mulo_m_128_1 --resume
+python meta_train.py --first-theta results/mulo_m.npz --base-width 128 --dataset cifar10 --image-size 8 --widths 32 64 128 --pairs 4 --meta-steps 500 --learning-rate 5e-4 --final-learning-rate 1e-4 --warmup-steps 50 --out runs/mulo_m_128 --resume
+python meta_train.py --first-theta results/mulo_m_1.npz --base-width 128 --dataset cifar10 --image-size 8 --widths 32 64 128 --pairs 4 --meta-steps 500 --learning-rate 5e-4 --final-learning-rate 1e-4 --warmup-steps 50 --seed 1 --out runs/mulo_m_128_1 --resume
 python meta_train.py --start adam --learning-rate 1e-3 --final-learning-rate 5e-5 --base-width 128 --horizon 1000 --decay 1e-3 --dataset cifar10 --image-size 8 --widths 32 64 128 --pairs 4 --min-length 300 --max-length 6000 --max-offset 300 --meta-steps 2500 --out runs/mulo_m_long --resume
 python meta_train.py --start adam --learning-rate 1e-3 --final-learning-rate 5e-5 --horizon 1000 --decay 1e-3 --parametrization sp --dataset cifar10 --image-size 8 --widths 32 64 128 --pairs 4 --min-length 300 --max-length 6000 --max-offset 300 --meta-steps 2500 --out runs/lo_m_long --resume
-python meta_train.py --start adam --learning-rate 1e-3 --final-learning-rate 1e-4 --base-width 32 --out runs/mulo_adam --resume
+python meta_train.py --start adam --learning-rate 1e-3 --final-learning-rate 1e-4 --base-width 32 --pairs 8 --min-length 100 --max-offset 50 --meta-steps 800 --out runs/mulo_adam --resume
 
 # velo_sp.npz and velo_mup.npz were meta-trained from a fresh VeLO by commit 68d7a60 of this repository:
 #     python meta_train.py --optimizer velo --parametrization sp --step-mult 0.01

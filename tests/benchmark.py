@@ -23,9 +23,10 @@ import lopt
 import meta_train
 import tasks
 
-SETTINGS = {"tiny": "--image-size 8", "mid": "--widths 128 --image-size 32 --batch-size 128",
-            "paper-s": "--widths 128 --image-size 32 --batch-size 4096",
-            "paper-m": "--widths 128 512 1024 --image-size 32 --batch-size 4096"}
+SETTINGS = {"tiny": "--pairs 8 --image-size 8",
+            "mid": "--pairs 8 --widths 128 --image-size 32 --batch-size 128",
+            "paper-s": "--pairs 8 --widths 128 --image-size 32 --batch-size 4096",
+            "paper-m": "--pairs 8 --widths 128 512 1024 --image-size 32 --batch-size 4096"}
 
 
 def median_time(step, state, repeats):

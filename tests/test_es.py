@@ -19,6 +19,10 @@ from lopt import Optimizer
 KEY, ONES = jax.random.key(7), jnp.ones((2, 1))
 
 
+def PES(sigma, truncation, shortest, longest, max_offset=None):
+    return es.PES(sigma, truncation, shortest, longest, max_offset or truncation)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def quick():
     """XLA compiles in a fifth of the time without its optimizations."""
@@ -99,7 +103,7 @@ def test_pes_is_unbiased_and_truncated_es_is_not():
     """Over whole cycles of runs of one length, without the first runs, which offsets shorten."""
     exact, keys = influence_gradient(0.5, 96, 10), es.pair_keys(KEY, jnp.arange(512))
     (pes, error), (truncated, other_error) = side_by_side(lambda persistent: measured(
-        es.influence_balancing(), es.PES(0.01, 10, 96, 96), jnp.asarray([0.5]), keys, 11 + 97,
+        es.influence_balancing(), PES(0.01, 10, 96, 96), jnp.asarray([0.5]), keys, 11 + 97,
         persistent, skip=11), (True, False))
     print(f"exact {exact:.2f}, PES {pes:.2f} ± {error:.2f}, ES {truncated:.2f} ± {other_error:.2f}")
     assert error < 0.03 * abs(exact) and abs(pes - exact) < 4 * error
@@ -109,7 +113,7 @@ def test_pes_is_unbiased_and_truncated_es_is_not():
 def test_pes_is_unbiased_with_runs_of_random_lengths():
     """The exact gradient is the derivative through the same runs, unperturbed for a tiny σ."""
     inner, keys = least_squares(), es.pair_keys(KEY, jnp.arange(1024))
-    pes, theta = es.PES(0.01, 5, 7, 40), jnp.asarray([-1.2])
+    pes, theta = PES(0.01, 5, 7, 40), jnp.asarray([-1.2])
 
     def mean_loss(theta):
         unperturbed = pes._replace(sigma=1e-30)
@@ -151,7 +155,7 @@ def counting():
 
 def test_runs_count_their_steps_and_begin_anew():
     length, n, k = 9, 16, 6
-    pes = es.PES(0.1, k, length, length)
+    pes = PES(0.1, k, length, length)
     first, pairs, losses, counted, after = play(counting(), pes, ONES, n, 6)
     np.testing.assert_array_equal(losses[..., 0], losses[..., 1])
     for j in range(n):
@@ -172,20 +176,15 @@ def test_runs_count_their_steps_and_begin_anew():
 
 
 def test_lengths_are_log_uniform_and_offsets_uniform():
-    n, pes = 20_000, es.PES(0.1, 50, 100, 1000)
-
-    def first(key, max_offset):
-        return es.new_pair(counting(), pes._replace(max_offset=max_offset), key, jnp.ones(1))
-
-    keys = es.pair_keys(KEY, jnp.arange(n))
-    pairs, offset = jax.jit(jax.vmap(lambda key: (first(key, 80), first(key, None).run_step)))(keys)
+    n, pes = 20_000, PES(0.1, 50, 100, 1000, 80)
+    pairs = jax.jit(jax.vmap(lambda key: es.new_pair(counting(), pes, key, jnp.ones(1))))(
+        es.pair_keys(KEY, jnp.arange(n)))
     lengths = np.asarray(pairs.length)
     assert lengths.dtype == np.int32 and lengths.min() >= 100 and lengths.max() <= 1000
     shares = np.quantile(np.log10(lengths / 100), [0.1, 0.25, 0.5, 0.75, 0.9])
     np.testing.assert_allclose(shares, [0.1, 0.25, 0.5, 0.75, 0.9], atol=0.02)
-    for offsets, bound in ((pairs.run_step, 80), (offset, pes.truncation)):
-        counts = np.bincount(offsets, minlength=bound)
-        assert len(counts) == bound and np.abs(counts - n / bound).max() < 5 * np.sqrt(n / bound)
+    counts = np.bincount(pairs.run_step, minlength=80)
+    assert len(counts) == 80 and np.abs(counts - n / 80).max() < 5 * np.sqrt(n / 80)
     assert pairs.xi.shape == (n, 1) and not np.any(pairs.xi)
 
 
@@ -198,7 +197,7 @@ def test_each_run_is_told_its_own_length_and_loss():
                                         {**state, "updated for": steps, "value": value}))
 
     inner = es.Inner(least_squares(max_loss=0.4).task, optimizer)
-    _, pairs, losses, counted, _ = play(inner, es.PES(0.1, 1, 3, 9),
+    _, pairs, losses, counted, _ = play(inner, PES(0.1, 1, 3, 9),
                                         jnp.asarray([[-1.0], [-2.0]]), 8, 24)
     lengths, state, counted = pairs.length[..., None], pairs.opt_state, counted.T[..., None]
     np.testing.assert_array_equal(state["begun for"], np.broadcast_to(lengths, (24, 8, 2)))
@@ -218,7 +217,7 @@ def test_losses_are_clipped_and_a_diverged_run_recovers():
     inner = es.Inner(task, lambda theta, steps: Optimizer(
         lambda w: jnp.zeros(()), lambda g, state, w, value: (theta[0] * (1.0 + jnp.abs(w)),
                                                              state + g * w)))
-    _, pairs, losses, counted, _ = play(inner, es.PES(0.1, 7, 12, 12),
+    _, pairs, losses, counted, _ = play(inner, PES(0.1, 7, 12, 12),
                                         jnp.asarray([[1e30], [-1.0]]), 3, 5)
     plus, minus = losses[..., 0], losses[..., 1]
     assert np.all(plus[:, 1:5] == 2.5) and np.all(minus[:, 1:5] == 0.0)
@@ -238,7 +237,7 @@ def test_meta_training_and_evaluation_train_by_the_same_step(monkeypatch):
                            loss=lambda x, batch: jnp.sum((x["w"] * batch + x["b"]) ** 2))
     batch, rates = jnp.asarray([1.0, 0.3]), jnp.asarray([[0.1], [0.02]])
     inner = es.Inner(task, lambda theta, steps: lopt.adamw(theta[0] / steps))
-    _, _, losses, _, _ = play(inner, es.PES(0.1, 8, 8, 8, max_offset=1), rates, 1, 1, batch)
+    _, _, losses, _, _ = play(inner, PES(0.1, 8, 8, 8, 1), rates, 1, 1, batch)
     train = jax.jit(jax.vmap(lambda rate: tasks.train(
         task, lambda steps: inner.optimizer(rate, steps), batch, KEY, 8)[1]))
     np.testing.assert_allclose(losses[0].T, train(rates), rtol=1e-6)
@@ -251,7 +250,7 @@ def test_both_signs_share_batches_which_no_other_step_or_pair_has():
     task = SimpleNamespace(init=lambda key: jnp.zeros(()), max_loss=1.0,
                            sample=lambda key, split: jax.random.uniform(key),
                            loss=lambda w, batch: batch)
-    _, _, losses, counted, _ = play(es.Inner(task, counting().optimizer), es.PES(0.1, 8, 10, 15),
+    _, _, losses, counted, _ = play(es.Inner(task, counting().optimizer), PES(0.1, 8, 10, 15),
                                     ONES, 6, 4)
     np.testing.assert_array_equal(losses[..., 0], losses[..., 1])
     assert not np.all(counted) and len(np.unique(losses[..., 0])) == 6 * 32
@@ -266,7 +265,7 @@ def test_draws_depend_on_the_pair_the_purpose_and_the_time():
 
 def test_perturbations_are_fresh_and_normal_with_the_given_standard_deviation():
     """ξ after one truncation is ε, as it was 0 before."""
-    pes, theta = es.PES(0.3, 1, 9, 9), jnp.zeros(27)
+    pes, theta = PES(0.3, 1, 9, 9), jnp.zeros(27)
 
     def draws(key, meta_step):
         pair = es.new_pair(counting(), pes, key, theta)
@@ -279,7 +278,7 @@ def test_perturbations_are_fresh_and_normal_with_the_given_standard_deviation():
     assert np.mean(np.abs(eps) < 0.3) == pytest.approx(0.6827, abs=0.015)
 
 
-PROBLEM, THETA = (least_squares(), es.PES(0.01, 6, 9, 14)), jnp.full(3, -0.4)
+PROBLEM, THETA = (least_squares(), PES(0.01, 6, 9, 14)), jnp.full(3, -0.4)
 
 
 @functools.cache

@@ -40,8 +40,8 @@ def quick():
 
 
 def program(flags, inner_tasks):
-    flags = f"{flags} --pairs 4 --truncation 5 --min-length 10 --max-length 20".split()
-    init, step = MAKE(meta_train.parse(flags)[0], inner_tasks, Mesh(jax.devices()[:1], "n"),
+    flags = f"{flags} --pairs 4 --truncation 5 --min-length 10 --max-length 20 --max-offset 5"
+    init, step = MAKE(meta_train.parse(flags.split())[0], inner_tasks, Mesh(jax.devices()[:1], "n"),
                       lopt.Learned(FIRST.theta, 0.1, parametrization=mup.SP))
     return jax.device_get(init()), lambda state, splits: jax.device_get(step(state, splits))
 
@@ -101,10 +101,11 @@ def test_the_adam_start_is_adam_beside_a_small_rest():
     ("--first-theta @ --preset paper-s", [[128], 4096, 2.0, 0.02]),
     ("--output-mult 5 --first-theta @ --step-mult 3", [[32], 64, 5.0, 3.0])])
 def test_flags_win_over_a_first_theta_and_that_over_presets(flags, expected, tmp_path):
-    lopt.save(tmp_path / "first.npz", FIRST)
+    lopt.save(tmp_path / "first.npz", FIRST._replace(decay=0.1, horizon=7))
     args, first = meta_train.parse(flags.replace("@", str(tmp_path / "first.npz")).split())
     assert [args.widths, args.batch_size, args.output_mult, args.step_mult] == expected
-    assert not first or (args.hidden_lr_mult, args.exp_mult, args.base_width) == (3.0, 0.002, 8)
+    assert not first or (args.hidden_lr_mult, args.exp_mult, args.base_width, args.decay,
+                         args.horizon) == (3.0, 0.002, 8, 0.1, 7)
 
 
 TINY = """--widths 4 --depth 1 --batch-size 4 --dataset mnist --pairs 4 --truncation 10
@@ -226,10 +227,10 @@ def test_a_folder_in_use_other_settings_and_other_data_are_refused(copy, tmp_pat
 @pytest.mark.parametrize("flags", [
     "--no-such-flag 3", "stray", "--widt 8", "--widths", "--widths 8 0", "--depth 1.5", "--resume",
     "--sigma nan", "--sigma 0", "--seed 4294967296", "--learning-rate x", "--task rnn", "--out @",
-    "--preset paper", "--truncation 200", "--min-length 3000", "--max-offset 101", "--distributed",
-    "--distributed a b --out x", "--first-theta absent", "--first-theta @/metrics.csv", "--task lm",
+    "--preset paper", "--truncation 1001", "--min-length 3000", "--max-offset 1001", "--task lm",
+    "--distributed a b --out x", "--first-theta absent", "--first-theta @/metrics.csv",
     "--dataset cifar10 --data-dir absent", "--task vit --patch 3", "--out @/metrics.csv",
-    "--start adam --hidden 8 1"])
+    "--start adam --hidden 8 1", "--distributed"])
 def test_bad_input_is_one_line_that_names_it(flags, finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before, words = contents(finished), flags.replace("@", str(finished)).split()
