@@ -311,8 +311,8 @@ def adamw(learning_rate: float | Array | Callable, *, b1: float = 0.9,
           update_multipliers: Tree = 1.0) -> Optimizer:
     """AdamW: −η · multiplier · (m̂/(√v̂ + ε) + weight_decay · p), m̂ = m/(1−β₁ᵗ), v̂ = v/(1−β₂ᵗ).
 
-    learning_rate: η, or a function of the step. With μP's update_multipliers this is
-    μAdam (TP5, Table 8).
+    learning_rate: η, or a function of the step. With μP's update_multipliers this is μAdam (TP5,
+    Table 8).
     """
     def init(params):
         zero = jax.tree.map(zeros, params)
@@ -376,8 +376,8 @@ def learned_optimizer(learned: Learned, update_multipliers: Tree = 1.0,
     updates; VeLO needs it. Raises ValueError.
 
     Ours: gradient_multiplier (`mup.gradient_multiplier`) multiplies all gradients. Each update also
-    takes away the share learned.decay of the params. With learned.horizon,
-    pace = horizon/num_steps: the features see pace · t, and updates are multiplied by √pace.
+    takes away the share learned.decay of the params. With learned.horizon, the features see
+    pace · t, and updates are multiplied by √pace, where pace = horizon/num_steps.
     """
     check_theta(learned)
     optimizer = (velo(learned, update_multipliers, num_steps) if learned.architecture == "velo"

@@ -212,8 +212,7 @@ def parse(argv: Sequence[str] | None,
         first = lopt.load(args.first_theta)
         p = first.parametrization._asdict()
         parser.set_defaults(parametrization=p.pop("name"), **p, step_mult=first.step_mult,
-                            exp_mult=first.exp_mult, decay=first.decay,
-                            horizon=first.horizon)
+                            exp_mult=first.exp_mult, decay=first.decay, horizon=first.horizon)
     args = parser.parse_args(argv)
 
     def need(good, name, why):

@@ -646,7 +646,7 @@ def command(run: Callable, name: str, argv: Sequence[str] | None = None) -> int:
 
 
 def set_up(args: argparse.Namespace, divides: int = 0) -> None:
-    """Set the precision of matrix products. Make CPU devices: at most one a core, and a divisor."""
+    """Set the precision of products. Make CPU devices: at most one a core, dividing `divides`."""
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         count = max(d for d in range(1, cores + 1) if divides % d == 0)
